@@ -1,0 +1,27 @@
+# Slides to report. Settings: config.yaml in the working directory, or the file given with --configfile.
+from snakemake.utils import min_version
+
+min_version("9.9")
+
+if not workflow.configfiles:
+
+    configfile: "config.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/tile.smk"
+include: "workflow/rules/encode.smk"
+include: "workflow/rules/group.smk"
+include: "workflow/rules/split.smk"
+include: "workflow/rules/train.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/report.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        slide_tables(),
+        group_files(),
+        reports(),
+    localrule: True

@@ -1,0 +1,220 @@
+"""The command line: one thin subcommand a stage, plus `verify`, `summary` and `check-config`.
+
+The Snakemake rules call these; `python -m gmmamba COMMAND --help` says what each reads and writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
+    from gmmamba import __version__
+
+    parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
+    sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
+
+    sub = command("account", account, "slide table of a cohort: what became of every row of its sheet")
+    add_cohort(sub)
+    sub.add_argument("--stores", type=Path, required=True, help="folder of the stores of one encoder")
+    sub.add_argument("--encoder", required=True)
+    sub.add_argument("--max-failed-share", type=float, required=True)
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("group", group, "group the patches of every slide of a cohort (LG)")
+    add_cohort(sub)
+    sub.add_argument("--grouping", required=True, help="kind and number of groups, such as location-10")
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("split", split, "split the patients of a dataset into folds")
+    sub.add_argument("--dataset", required=True)
+    sub.add_argument("--classes", type=json.loads, required=True)
+    sub.add_argument("--settings", type=json.loads, required=True)
+    sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("train", train, "train one experiment on one fold with one seed")
+    add_run(sub)
+    sub.add_argument("--experiment", type=json.loads, required=True)
+    sub.add_argument("--output", type=Path, required=True, help="folder for the model and its history")
+
+    sub = command("predict-fold", predict_fold, "predict the validation and test slides of one fold")
+    add_run(sub)
+    sub.add_argument("--model", type=Path, required=True, help="folder of the trained model")
+    sub.add_argument("--predictions", type=Path, required=True)
+    sub.add_argument("--attention", type=Path, required=True)
+
+    sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds")
+    sub.add_argument("--classes", type=json.loads, required=True)
+    sub.add_argument("--predictions", type=Path, nargs="+", required=True)
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("report", report, "HTML report, result table and accounting of a dataset")
+    sub.add_argument("--settings", type=json.loads, required=True)
+    sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
+    sub.add_argument("--groups", type=grouping_file, action="append", default=[], metavar="COHORT/GROUPING=NPZ")
+    sub.add_argument("--splits", type=Path, required=True)
+    sub.add_argument("--results", type=Path, required=True, help="folder with the experiments' folders")
+    sub.add_argument("--output", type=Path, required=True)
+    sub.add_argument("--table", type=Path, required=True)
+    sub.add_argument("--accounting", type=Path, required=True)
+
+    sub = command("summary", summary, "print the result table and the accounting of a finished dataset")
+    sub.add_argument("folder", type=Path)
+
+    sub = command("verify", verify, "replay reference cases and compare every quantity")
+    sub.add_argument("folder", type=Path)
+
+    options = parser.parse_args(arguments)
+    try:
+        return int(options.run(options) or 0)
+    except user_errors() as error:
+        print(f"gmmamba {options.command}: {error}", file=sys.stderr)
+        return 1
+
+
+def user_errors() -> tuple[type[Exception], ...]:
+    """What a user can mend: shown as a message. Everything else keeps its traceback."""
+    from gmmamba.accounting import TooManyFailedError
+    from gmmamba.config import ConfigError
+    from gmmamba.splits import SplitError
+    from slidestore import StoreError
+
+    return (ConfigError, SplitError, StoreError, TooManyFailedError, FileNotFoundError)
+
+
+def cohort_file(text: str) -> tuple[str, Path]:
+    """COHORT=FILE"""
+    cohort, _, path = text.partition("=")
+    return cohort, Path(path)
+
+
+def grouping_file(text: str) -> tuple[tuple[str, str], Path]:
+    """COHORT/GROUPING=FILE"""
+    key, _, path = text.partition("=")
+    cohort, _, grouping = key.partition("/")
+    return (cohort, grouping), Path(path)
+
+
+def add_cohort(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--cohort", required=True)
+    sub.add_argument("--sheet", type=Path, required=True)
+    sub.add_argument("--tiles", type=Path, required=True, help="folder of what tile_slide wrote")
+
+
+def add_run(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--fold", type=int, required=True)
+    sub.add_argument("--seed", type=int, required=True)
+    sub.add_argument("--splits", type=Path, required=True)
+    sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
+    sub.add_argument("--groups", type=cohort_file, action="append", default=[], metavar="COHORT=NPZ")
+    sub.add_argument("--threads", type=int, default=1)
+
+
+def check_config(options: argparse.Namespace) -> None:
+    import yaml
+
+    from gmmamba.config import load_config
+
+    config = load_config(yaml.safe_load(options.config.read_text()))
+    for cohort in config.cohorts.values():
+        print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
+    for (dataset, name), experiment in config.experiments.items():
+        print(f"experiment {dataset}/{name}: {json.dumps(experiment.as_dict())}")
+
+
+def sheet_slides(options: argparse.Namespace) -> list[Any]:
+    from gmmamba.cohort import read_sheet
+    from gmmamba.config import raise_if
+
+    slides, problems = read_sheet(options.sheet, options.cohort)
+    raise_if(problems)
+    return list(slides.values())
+
+
+def account(options: argparse.Namespace) -> None:
+    from gmmamba.accounting import account_cohort
+
+    account_cohort(
+        options.cohort, sheet_slides(options), options.tiles, options.stores, options.encoder,
+        options.max_failed_share, options.output,
+    )  # fmt: skip
+
+
+def group(options: argparse.Namespace) -> None:
+    from gmmamba.grouping import group_cohort
+
+    ids = [slide.slide_id for slide in sheet_slides(options) if not slide.exclude]
+    group_cohort({i: options.tiles / f"{i}.npy" for i in ids}, options.grouping, options.output)
+
+
+def split(options: argparse.Namespace) -> None:
+    from gmmamba.splits import SplitSettings, split_dataset
+    from slidestore.settings import from_dict
+
+    settings = from_dict(SplitSettings, options.settings, f"datasets.{options.dataset}.split")
+    split_dataset(dict(options.slide_table), options.classes, settings, options.output)
+
+
+def train(options: argparse.Namespace) -> None:
+    from gmmamba.training import train as run
+
+    run(
+        options.experiment, options.fold, options.seed, options.splits, dict(options.slide_table),
+        dict(options.groups) or None, options.output, options.threads,
+    )  # fmt: skip
+
+
+def predict_fold(options: argparse.Namespace) -> None:
+    from gmmamba.prediction import predict
+
+    predict(
+        options.model, options.fold, options.seed, options.splits, dict(options.slide_table),
+        dict(options.groups) or None, options.predictions, options.attention, options.threads,
+    )  # fmt: skip
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from gmmamba.evaluation import evaluate as run
+
+    run(options.predictions, options.classes, options.output)
+
+
+def report(options: argparse.Namespace) -> None:
+    from gmmamba.report import report as run
+
+    run(
+        **options.settings, slide_tables=dict(options.slide_table), groups=dict(options.groups),
+        splits=options.splits, results=options.results, output=options.output, table=options.table,
+        accounting=options.accounting,
+    )  # fmt: skip
+
+
+def summary(options: argparse.Namespace) -> None:
+    from gmmamba.report import summary as run
+
+    run(options.folder)
+
+
+def verify(options: argparse.Namespace) -> int:
+    from gmmamba.verify import verify as run
+
+    return 0 if run(options.folder) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""Slide sheets: one CSV a cohort, checked line by line before any job starts.
+
+Columns: ``slide_id, patient_id, label, path`` and optional ``mpp`` (µm per pixel of level 0), ``magnification``
+(objective power, taken as mpp = 10 / magnification), ``split`` (train, val, test), ``exclude`` (a reason, or yes) and
+``site``. Paths are absolute or relative to the sheet. Further columns are ignored, unless they look misspelt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from gmmamba.splits import PARTS, SplitError, SplitSettings, patient_folds
+
+REQUIRED = ["slide_id", "patient_id", "label", "path"]
+OPTIONAL = ["mpp", "magnification", "split", "exclude", "site"]
+SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class Slide:
+    """One row of a sheet. `mpp` is of level 0, in µm per pixel, None where the file must say; `line` counts from 1."""
+
+    slide_id: str
+    patient_id: str
+    label: str
+    path: Path
+    line: int
+    mpp: float | None
+    mpp_source: str | None  # "sheet" or "config"
+    split: str
+    exclude: str  # the reason, empty for slides that take part
+
+
+def read_sheet(
+    sheet: Path, cohort: str, mpp: float | None = None, magnification: float | None = None
+) -> tuple[dict[str, Slide], list[str]]:
+    """The slides of a sheet by id, and the problems found (all of them, each naming the line and the remedy).
+
+    `mpp` and `magnification` are the cohort's own, used for slides whose row gives neither.
+    """
+    if not sheet.is_file():
+        return {}, [f"cohorts.{cohort}.sheet: {sheet} does not exist"]
+    try:
+        table = pd.read_csv(sheet, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        return {}, [f"{sheet} is not a CSV file in UTF-8: {error}"]
+    problems = list(_column_problems(sheet, list(table.columns)))
+    if problems:
+        return {}, problems
+
+    slides: dict[str, Slide] = {}
+    for index, row in enumerate(table.to_dict("records")):
+        place = f"{sheet}, line {index + 2}"
+        cells = {str(key): str(value).strip() for key, value in row.items()}
+        if not any(cells.values()):
+            continue
+        slide_id = cells["slide_id"]
+        scale, source = mpp, "config"
+        if mpp is None and magnification is not None:
+            scale = 10 / magnification
+        try:
+            if cells.get("mpp"):
+                scale, source = float(cells["mpp"]), "sheet"
+            elif cells.get("magnification"):
+                scale, source = 10 / float(cells["magnification"]), "sheet"
+        except (ValueError, ZeroDivisionError):
+            wrong = cells.get("mpp") or cells.get("magnification")
+            problems.append(f"{place}: {wrong!r} is not a number (mpp in µm per pixel, or magnification such as 20)")
+        path = sheet.parent / cells["path"]
+        exclude = cells.get("exclude", "")
+        if exclude.lower() in ("", "0", "no", "false"):
+            exclude = ""
+        elif exclude.lower() in ("1", "yes", "true", "x"):
+            exclude = "excluded in the sheet"
+        if not SAFE_ID.fullmatch(slide_id):
+            problems.append(f"{place}: slide_id {slide_id!r} must be made of letters, digits, '.', '_' and '-'")
+        if slide_id in slides:
+            problems.append(f"{place}: slide_id {slide_id!r} stands in line {slides[slide_id].line} already")
+            continue
+        if not cells["patient_id"]:
+            problems.append(f"{place}: slide {slide_id} has no patient_id (repeat the slide_id if there is none)")
+        if not cells["path"] or (not exclude and not path.exists()):
+            problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
+        if (split := cells.get("split", "")) not in ("", *PARTS):
+            problems.append(f"{place}: split {split!r} is none of {', '.join(PARTS)}")
+        slides[slide_id] = Slide(
+            slide_id, cells["patient_id"], cells["label"], path, index + 2,
+            scale, source if scale is not None else None, split, exclude,
+        )  # fmt: skip
+    if not slides:
+        problems.append(f"{sheet} lists no slide")
+    return slides, problems
+
+
+def _column_problems(sheet: Path, columns: list[str]) -> Iterator[str]:
+    known = REQUIRED + OPTIONAL
+    extra = [c for c in columns if c not in known]
+    for column in REQUIRED:
+        if column not in columns:
+            close = difflib.get_close_matches(column, extra, n=1)
+            yield f"{sheet} has no column {column!r}" + (f" ({close[0]!r} is misspelt?)" if close else "")
+    for column in extra:
+        close = difflib.get_close_matches(column.lower(), known, n=1, cutoff=0.8)
+        if close and close[0] not in columns:
+            yield f"{sheet}: unknown column {column!r}, did you mean {close[0]!r}?"
+
+
+def check_dataset(
+    name: str, cohorts: list[tuple[str, Path, list[Slide]]], classes: list[str], split: SplitSettings
+) -> list[str]:
+    """Problems that show only when the sheets of a dataset are put together (`cohorts`: name, sheet, slides)."""
+    problems: list[str] = []
+    rows = [(sheet, slide) for _, sheet, slides in cohorts for slide in slides if not slide.exclude]
+    by_id = defaultdict(list)
+    labels_of: dict[str, dict[str, str]] = defaultdict(dict)
+    for sheet, slide in rows:
+        place = f"{sheet}, line {slide.line}"
+        by_id[slide.slide_id].append(place)
+        if slide.label not in classes:
+            close = difflib.get_close_matches(slide.label, classes, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
+            problems.append(f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}")
+        labels_of[slide.patient_id].setdefault(slide.label, f"{slide.slide_id} ({place})")
+        if split.scheme == "column" and not slide.split:
+            problems.append(f"{place}: slide {slide.slide_id} has no 'split', which datasets.{name} asks for")
+    for slide_id, places in by_id.items():
+        if len(places) > 1:
+            problems.append(f"datasets.{name}: slide_id {slide_id!r} is in several cohorts: {'; '.join(places)}")
+    for patient, labels in labels_of.items():
+        if len(labels) > 1:
+            where = "; ".join(f"{label!r} for {slide}" for label, slide in labels.items())
+            problems.append(f"datasets.{name}: patient {patient} has two labels: {where}")
+    if problems:
+        return problems
+    patients = {patient: next(iter(labels)) for patient, labels in labels_of.items()}
+    problems += [f"datasets.{name}: no slide has the label {c!r}" for c in classes if c not in patients.values()]
+    if not problems:
+        given = {slide.patient_id: slide.split for _, slide in rows} if split.scheme == "column" else None
+        try:
+            patient_folds(patients, classes, split, given)
+        except SplitError as error:
+            problems.append(f"datasets.{name}: {error}")
+    return problems

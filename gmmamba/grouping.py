@@ -1,0 +1,94 @@
+"""Groups of patches, made once per slide and stored (GMMAMBA.md, section 1).
+
+Reads   R/{cohort}/tiles/{slide}.npy         (N, 2) int32, (x, y) of the top-left corners, level-0 pixels
+Writes  R/{cohort}/groups/{grouping}.npz     slide_ids (S,) str; offsets (S + 1,) int64; coords (M, 2) int32 and
+                                             labels (M,) int16 of all slides' M patches: slide i has the rows
+                                             offsets[i] … offsets[i + 1] - 1
+
+A grouping is named by method and number of groups: "location-10". Slides without patches have no rows and are
+left out.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.cluster import KMeans
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+from slidestore.atomic import replace_when_whole
+
+Coords = NDArray[np.integer]
+
+
+def parse_grouping(grouping: str) -> tuple[str, int]:
+    """("location", 10) of "location-10"; ValueError for an unknown method or a number of groups below 1."""
+    method, _, number = grouping.rpartition("-")
+    if method not in METHODS:
+        near = difflib.get_close_matches(method or grouping, METHODS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown grouping {grouping!r}: {hint}Known: {', '.join(f'{m}-<groups>' for m in METHODS)}")
+    if not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"grouping {grouping!r}: {number!r} is not a number of groups, e.g. '{method}-10'")
+    return method, int(number)
+
+
+def group_coords(coords: Coords, method: str, n_groups: int, seed: int = 0) -> NDArray[np.int16]:
+    """Label (N,) of each patch at `coords` (N, 2), level-0 pixels, N >= 1; at most N groups."""
+    return METHODS[method](coords, min(n_groups, len(coords)), seed).astype(np.int16)
+
+
+def by_location(coords: Coords, n_groups: int, seed: int) -> NDArray[np.integer]:
+    """k-means on the raw coordinates, as published; at most as many groups as there are different places."""
+    places = len(np.unique(coords, axis=0))
+    # One thread: on a regular grid equal distances are common, and the order of sums must not decide them.
+    with threadpool_limits(limits=1):
+        return KMeans(min(n_groups, places), random_state=seed, n_init="auto").fit_predict(coords)
+
+
+def at_random(coords: Coords, n_groups: int, seed: int) -> NDArray[np.integer]:
+    """A permutation split into nearly equal parts."""
+    labels = np.empty(len(coords), dtype=np.int64)
+    labels[np.random.default_rng(seed).permutation(len(coords))] = in_sequence(coords, n_groups, seed)
+    return labels
+
+
+def in_sequence(coords: Coords, n_groups: int, seed: int) -> NDArray[np.integer]:
+    """The order of the patches split into nearly equal parts."""
+    parts = np.array_split(np.arange(len(coords)), n_groups)
+    return np.repeat(np.arange(n_groups), [len(part) for part in parts])
+
+
+METHODS: dict[str, Callable[[Coords, int, int], NDArray[np.integer]]] = {
+    "location": by_location,
+    "random": at_random,
+    "sequential": in_sequence,
+}
+
+
+def group_cohort(coords_files: Mapping[str, Path], grouping: str, output: Path) -> None:
+    """Group every slide of a cohort; `coords_files` maps slide ids to the tiles' .npy."""
+    method, n_groups = parse_grouping(grouping)
+    coords = {slide: np.load(path) for slide, path in coords_files.items()}
+    coords = {slide: rows for slide, rows in coords.items() if len(rows)}
+    labels = [group_coords(rows, method, n_groups) for rows in coords.values()]
+    with replace_when_whole(output) as part, part.open("wb") as file:
+        np.savez_compressed(
+            file,
+            slide_ids=np.array(list(coords), dtype=np.str_),
+            offsets=np.cumsum([0, *map(len, labels)], dtype=np.int64),
+            coords=np.concatenate([np.empty((0, 2)), *coords.values()]).astype(np.int32),
+            labels=np.concatenate([np.empty(0), *labels]).astype(np.int16),
+        )
+
+
+def read_groups(path: Path) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int16]]]:
+    """Coordinates (N, 2) and labels (N,) of each slide of a groups file."""
+    with np.load(path) as file:
+        ids, offsets, coords, labels = (file[name] for name in ("slide_ids", "offsets", "coords", "labels"))
+    bounds = zip(ids.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
+    return {slide: (coords[start:end], labels[start:end]) for slide, start, end in bounds}

@@ -1,0 +1,43 @@
+"""The multiple-instance-learning models by name. Importing this imports no torch: models load when asked for."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+
+MODELS = {
+    "gmmamba": "gmmamba.models.gmmamba:GMMamba",
+    "abmil": "gmmamba.models.abmil:ABMIL",
+    "mean": "gmmamba.models.pooling:MeanPooling",
+    "max": "gmmamba.models.pooling:MaxPooling",
+}
+
+
+def create_model(method: str, in_dim: int, n_classes: int, **hyperparameters: Any) -> nn.Module:
+    """A model with `forward(bag: Bag) -> MILOutput`, freshly initialised from torch's random state.
+
+    Raises ValueError for an unknown method, hyperparameter or named option; the message names the nearest known.
+    """
+    module, _, name = MODELS[known("method", method, MODELS)].partition(":")
+    model_class = getattr(import_module(module), name)
+    options = [option for option in inspect.signature(model_class).parameters if option not in ("in_dim", "n_classes")]
+    for hyperparameter in hyperparameters:
+        known(f"hyperparameter of {method}", hyperparameter, options)
+    model: nn.Module = model_class(in_dim, n_classes, **hyperparameters)
+    return model
+
+
+def known(what: str, value: str, options: Iterable[str]) -> str:
+    """`value` if it is one of `options`, else a ValueError that names the nearest of them."""
+    options = list(options)
+    if value not in options:
+        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"unknown {what} {value!r}: {hint}Known: {', '.join(options)}")
+    return value

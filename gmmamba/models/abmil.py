@@ -1,0 +1,54 @@
+"""ABMIL: attention-based pooling (Ilse, Tomczak and Welling, ICML 2018; BASELINES.md, section 1).
+
+Shapes: N instances, D feature width, M embedding width, L attention width, C classes.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from gmmamba.models.bag import Bag, MILOutput
+
+
+class ABMIL(nn.Module):
+    """h = ReLU(Lin x); a = softmax over instances of w . (tanh(V h) * sigmoid(U h)); logits = Lin(sum a h).
+
+    The defaults are those of common whole-slide practice (the MambaMIL repository's sizes, gated). Published
+    flavours: width 500 and one output (Ilse), bias False and width 256 or 128 (ACMIL repository). With
+    n_classes = 1 the one logit belongs to a sigmoid.
+
+    Args:
+        in_dim: D.
+        width: M.
+        hidden: L.
+        gated: whether the sigmoid gate U is there.
+        bias: of the embedding.
+        dropout: after the embedding's ReLU.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        n_classes: int,
+        width: int = 512,
+        hidden: int = 128,
+        gated: bool = True,
+        bias: bool = True,
+        dropout: float = 0.25,
+    ):
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(in_dim, width, bias=bias), nn.ReLU(), nn.Dropout(dropout))
+        self.attention_v = nn.Sequential(nn.Linear(width, hidden), nn.Tanh())
+        self.attention_u = nn.Sequential(nn.Linear(width, hidden), nn.Sigmoid()) if gated else None
+        self.score = nn.Linear(hidden, 1)
+        self.classifier = nn.Linear(width, n_classes)
+
+    def forward(self, bag: Bag) -> MILOutput:
+        """The attention is a; the details hold the scores before softmax, `attn_raw` (1, N)."""
+        h: Tensor = self.embed(bag.features)  # (N, M)
+        gate = self.attention_v(h)
+        if self.attention_u is not None:
+            gate = gate * self.attention_u(h)
+        raw = self.score(gate).T  # (1, N)
+        attention = raw.softmax(1)
+        return MILOutput(self.classifier(attention @ h), attention[0].detach(), {"attn_raw": raw})

@@ -1,0 +1,40 @@
+"""What goes into a multiple-instance-learning model and what comes out. Batch = one slide everywhere.
+
+Shapes: N instances (patches) of the slide, D feature width, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Bag:
+    """One slide. Row i of every tensor belongs to the same patch."""
+
+    features: Tensor
+    """(N, D) float32."""
+    coords: Tensor
+    """(N, 2) int32, (x, y) of the patch's top-left corner, level-0 pixels."""
+    groups: Tensor | None = None
+    """(N,) int64 group labels; None: the slide is one group."""
+
+    def to(self, device: torch.device | str) -> Bag:
+        """The same slide on another device."""
+        groups = None if self.groups is None else self.groups.to(device)
+        return Bag(self.features.to(device), self.coords.to(device), groups)
+
+
+@dataclass
+class MILOutput:
+    """What every model returns."""
+
+    logits: Tensor
+    """(1, C), before softmax."""
+    attention: Tensor | None = None
+    """(N,) in the order of the bag, >= 0, sums to 1, without gradient; each model documents what it is."""
+    details: dict[str, Tensor] = field(default_factory=dict)
+    """Intermediate quantities by name, for `gmmamba verify` and for explanations."""

@@ -1,0 +1,138 @@
+"""Intra-group masking Mamba: each group of instances becomes one feature (GMMAMBA.md, section 2).
+
+Shapes: N instances in packed order (groups one behind the other), G groups, D width, M instances kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from gmmamba.models import known
+from gmmamba.models.bimamba import BiMamba
+
+MASKS = ("published",)
+POOLINGS = ("attention", "max")
+INITS = ("published", "mamba")
+
+
+class IMM(nn.Module):
+    """h1 = x + BiMamba1(LN x); drop the instances of lowest score; h2 = h1 + BiMamba2(LN h1); attention pooling.
+
+    With mask None nothing is dropped. With pooling "max" there is one BiMamba and no mask, and a group's feature
+    is the maximum over its LN h1 (the poster's BMP and LG-BMP).
+
+    `_fc1` projects features of another width; it exists but is not used where in_dim == width, as published.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        width: int,
+        d_state: int,
+        mask: str | None,
+        mask_ratio: float,
+        pooling: str,
+        init: str,
+        scan: str,
+    ):
+        super().__init__()
+        if mask is not None:
+            known("mask", mask, MASKS)
+        known("pooling", pooling, POOLINGS)
+        known("init", init, INITS)
+        if not 0 <= mask_ratio < 1:
+            raise ValueError(f"mask_ratio is {mask_ratio}: give a share of the instances, 0 <= mask_ratio < 1")
+        self.project = in_dim != width
+        self.mask_ratio = mask_ratio
+        self._fc1 = nn.Sequential(nn.Linear(in_dim, width), nn.GELU(), nn.Dropout(0.25))
+        self.norm = nn.LayerNorm(width)
+        self.BiMamba1 = nn.ModuleList([nn.LayerNorm(width), BiMamba(width, d_state, scan=scan)])
+        attend = pooling == "attention"
+        self.mask_attention = score_head(width) if attend and mask else None
+        self.BiMamba2 = nn.ModuleList([nn.LayerNorm(width), BiMamba(width, d_state, scan=scan)]) if attend else None
+        self.group_ins_attention = score_head(width) if attend else None
+        # The published initialisation reaches into the mixers: it overwrites W_dt and sets b_dt = 0.
+        spared = set() if init == "published" else set(mixer_modules(self))
+        for module in self.modules():
+            if isinstance(module, nn.Linear) and module not in spared:
+                nn.init.xavier_normal_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, sizes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Instances (N, in_dim) of groups of `sizes` (G,) to group features (G, D) and what led there.
+
+        The details hold `keep` (N,) bool and `ins_attn` (M,), the weights of the kept instances, which sum to 1 in
+        each group, besides h1 (N, D), h2 (M, D), mask_logits (N,) and mask_scores (N,).
+        """
+        if self.project:
+            x = self._fc1(x)
+        group = torch.repeat_interleave(sizes)
+        members = group == torch.arange(len(sizes), device=x.device)[:, None]  # (G, N)
+        h1 = residual(self.BiMamba1, x, sizes)
+        h = self.norm(h1)
+        details = {"h1": h1, "keep": torch.ones_like(group, dtype=torch.bool)}
+        if self.BiMamba2 is None or self.group_ins_attention is None:
+            features, attention = max_pool(h, sizes)
+            return features, details | {"ins_attn": attention}
+
+        kept = h1
+        if self.mask_attention is not None:
+            logits = self.mask_attention(h).squeeze(1)
+            scores = logits.where(members, -torch.inf).softmax(1).sum(0)
+            keep = keep_highest(logits, group, sizes, self.mask_ratio)
+            kept, members = h1[keep], members[:, keep]
+            details |= {"keep": keep, "mask_logits": logits, "mask_scores": scores}
+        h2 = residual(self.BiMamba2, kept, members.sum(1))
+        h = self.norm(h2)
+        scores = self.group_ins_attention(h).squeeze(1)
+        attention = scores.where(members, -torch.inf).softmax(1)  # (G, M), zero outside the group
+        details |= {"h2": h2, "ins_attn": attention.sum(0)}
+        return attention @ h, details
+
+
+def score_head(width: int) -> nn.Sequential:
+    """Lin(tanh(Lin(x))): one score an instance; 128 hidden units at width 512."""
+    return nn.Sequential(nn.Linear(width, width // 4), nn.Tanh(), nn.Linear(width // 4, 1))
+
+
+def mixer_modules(module: nn.Module) -> Iterator[nn.Module]:
+    """Every module that is part of a BiMamba."""
+    for child in module.modules():
+        if isinstance(child, BiMamba):
+            yield from child.modules()
+
+
+def residual(norm_and_mixer: nn.ModuleList, x: Tensor, sizes: Tensor) -> Tensor:
+    """x + BiMamba(LN x)."""
+    norm, mixer = norm_and_mixer
+    out: Tensor = x + mixer(norm(x), sizes)
+    return out
+
+
+def keep_highest(scores: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float) -> Tensor:
+    """(N,) bool: false for the max(1, floor(M_r n)) instances of lowest score of each group of n.
+
+    As published, at least one instance goes even for M_r = 0; unlike published, the last one of a group stays.
+    Hard: no gradient reaches `scores`.
+    """
+    dropped = (sizes.double() * mask_ratio).long().clamp(min=1).minimum(sizes - 1)
+    by_score = scores.argsort(stable=True)
+    order = by_score[group[by_score].argsort(stable=True)]  # group after group, lowest score first
+    rank = torch.arange(len(scores), device=scores.device) - (sizes.cumsum(0) - sizes)[group]
+    keep = torch.empty_like(group, dtype=torch.bool)
+    keep[order] = rank >= dropped[group]
+    return keep
+
+
+def max_pool(h: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """Maximum over the instances of each group (G, D), and the share of channels that each instance decided (N,)."""
+    pooled, shares = [], []
+    for rows in h.split(sizes.tolist()):
+        highest, winner = rows.max(0)
+        pooled.append(highest)
+        shares.append(winner.bincount(minlength=len(rows)) / h.shape[1])
+    return torch.stack(pooled), torch.cat(shares)

@@ -1,0 +1,9 @@
+"""The one error that marks a slide as failed."""
+
+
+class SlideError(Exception):
+    """A known problem of one slide; the message names the slide, its file, the value and the remedy.
+
+    `tile` and `encode` record it and let the cohort go on. Any other exception (a bug, a full disk, a wrong
+    setting) is no property of a slide and stops the job.
+    """

@@ -1,0 +1,27 @@
+"""Frozen settings from JSON or YAML mappings; a mistyped key fails by name."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar
+
+Settings = TypeVar("Settings")
+
+
+def from_dict(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Settings:
+    """Build the dataclass `cls` from `mapping`; `where` names the place of the mapping in error messages.
+
+    Raises ValueError for a key that `cls` does not have (naming the nearest one that it has) and for a
+    missing one that has no default.
+    """
+    known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
+    for key in mapping:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+            raise ValueError(f"{where}: unknown key {key!r}; {hint}")
+    required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
+    missing = [name for name in required if name not in mapping]
+    if missing:
+        raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}")
+    return cls(**mapping)

@@ -1,0 +1,195 @@
+"""The configuration and the slide sheets fail by name, before any job starts."""
+
+import dataclasses
+import inspect
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from gmmamba.config import ConfigError, load_config
+from gmmamba.models import MODELS
+from gmmamba.splits import SplitSettings
+from gmmamba.training import TrainingSettings
+from preprocessing.encoders import EncoderSettings
+from preprocessing.tile import TilingSettings
+
+ROOT = Path(__file__).parents[2]
+
+
+def write_sheet(folder: Path, rows: list[str], header: str = "slide_id,patient_id,label,path") -> Path:
+    """A sheet whose slides exist (empty files: nobody reads them here)."""
+    for row in rows:
+        name = row.split(",")[3]
+        if name and "absent" not in name:
+            (folder / name).touch()
+    sheet = folder / "slides.csv"
+    sheet.write_text("\n".join([header, *rows]) + "\n")
+    return sheet
+
+
+def good_rows() -> list[str]:
+    return [f"S{i},P{i},{'tumour' if i % 2 else 'normal'},s{i}.svs" for i in range(20)]
+
+
+def good_config(sheet: Path) -> dict[str, Any]:
+    text = (ROOT / "config.yaml").read_text()
+    return yaml.safe_load(text.replace("results/demo/cohort/slides.csv", str(sheet)))
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> dict[str, Any]:
+    return good_config(write_sheet(tmp_path, good_rows()))
+
+
+def problems(config: dict[str, Any]) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(config)
+    return str(caught.value)
+
+
+def test_defaults_model_and_overrides_are_resolved_in_this_order(config: dict[str, Any]) -> None:
+    config["experiments"]["variant"] = {
+        "model": "gmmamba", "dataset": "demo", "overrides": {"groups": 5}, "training": {"learning_rate": 0.01},
+    }  # fmt: skip
+    resolved = load_config(config)
+    variant, plain = resolved.experiments["demo", "variant"], resolved.experiments["demo", "gmmamba"]
+    assert (variant.grouping, plain.grouping) == ("location-5", "location-10")
+    assert variant.model == plain.model  # groups are another stage's, so they are not the model's
+    assert variant.training == {**plain.training, "learning_rate": 0.01}
+    assert plain.training["weight_decay"] == 1e-5  # the schema's
+    assert resolved.experiments["demo", "abmil"].grouping is None
+
+
+def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
+    config["cohorts"]["demo"]["tiling"] = {"mpp": 1.0}
+    tiling = load_config(config).cohorts["demo"].tiling
+    assert tiling["mpp"] == 1.0
+    assert tiling["patch_px"] == config["tiling"]["patch_px"]
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("datsets",), {}, "unknown key 'datsets', did you mean 'datasets'?"),
+        (("tiling", "patchpx"), 224, "tiling: unknown key 'patchpx', did you mean 'patch_px'?"),
+        (("tiling", "mpp"), -1, "tiling.mpp"),
+        (("encoders", "resnet18-random", "weigths"), "x", "did you mean 'weights'?"),
+        (("models", "abmil", "method"), "abmll", "unknown method 'abmll', did you mean 'abmil'?"),
+        (("models", "gmmamba", "mask_ration"), 0.1, "did you mean 'mask_ratio'?"),
+        (("models", "gmmamba", "mask_ratio"), 1.5, "models.gmmamba.mask_ratio"),
+        (("experiments", "abmil", "model"), "abmill", "experiments.abmil.model: 'abmill' is not in `models`"),
+        (
+            ("experiments", "abmil", "overrides"),
+            {"widht": 8},
+            "experiments.abmil.overrides: unknown key 'widht'",
+        ),
+        (("experiments", "tiles"), {"model": "abmil", "dataset": "demo"}, "folder of the pipeline's own"),
+        (("experiments", "a/b"), {"model": "abmil", "dataset": "demo"}, "'a/b'"),
+        (("encoders", "resnet18-random", "weights"), "w.pt", "'w.pt' is neither pretrained nor random nor a file"),
+        (("datasets", "demo", "encoder"), "resnet", "datasets.demo.encoder: 'resnet' is not in `encoders`"),
+        (("datasets", "demo", "split", "folds"), 11, "11 folds"),
+        (
+            ("datasets", "demo", "classes"),
+            ["normal", "tumor"],
+            "unknown label 'tumour', did you mean 'tumor'?",
+        ),
+        (("datasets", "demo", "classes"), ["normal", "tumour", "benign"], "no slide has the label 'benign'"),
+        (("training", "epochs"), 5, "must exceed training.select_after"),
+        (("cohorts", "demo", "sheet"), "nowhere.csv", "nowhere.csv does not exist"),
+        (("seeds",), [0, 0], "seeds"),
+    ],
+)
+def test_each_mistake_is_named(config: dict[str, Any], path: tuple[str, ...], value: Any, message: str) -> None:
+    place = config
+    for key in path[:-1]:
+        place = place.setdefault(key, {})
+    place[path[-1]] = value
+    assert message in problems(config)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("S1,P90,normal,new.svs", "slide_id 'S1' stands in line 3 already"),
+        ("S90,P1,normal,new.svs", "patient P1 has two labels"),
+        ("S90,P90,normal,absent.svs", "no such file"),
+        ("S90,,normal,new.svs", "has no patient_id"),
+        ("S 90,P90,normal,new.svs", "slide_id 'S 90'"),
+        ("../S90,P90,normal,new.svs", "slide_id '../S90'"),
+        ("S90,P90,tumor,new.svs", "unknown label 'tumor', did you mean 'tumour'?"),
+    ],
+)
+def test_each_bad_row_is_named_with_its_line(tmp_path: Path, row: str, message: str) -> None:
+    text = problems(good_config(write_sheet(tmp_path, [*good_rows(), row])))
+    assert message in text
+    assert "slides.csv" in text
+
+
+def test_all_problems_come_at_once(tmp_path: Path) -> None:
+    rows = [*good_rows(), "S1,P90,normal,new.svs", "S91,P91,normal,absent.svs"]
+    text = problems(good_config(write_sheet(tmp_path, rows)))
+    assert "already" in text
+    assert "absent.svs" in text
+
+
+def test_excluded_rows_are_kept_but_not_checked_for_files(tmp_path: Path) -> None:
+    rows = [row + "," for row in good_rows()] + ["S90,P90,whatever,absent.svs,blurred"]
+    config = good_config(write_sheet(tmp_path, rows, "slide_id,patient_id,label,path,exclude"))
+    slides = load_config(config).cohorts["demo"].slides
+    assert slides["S90"].exclude == "blurred"
+    assert slides["S0"].exclude == ""
+
+
+def test_mpp_comes_from_the_row_before_the_cohort(tmp_path: Path) -> None:
+    rows = [*(row + ",," for row in good_rows()), "S90,P90,normal,n.svs,0.25,", "S91,P91,normal,n.svs,,20"]
+    config = good_config(write_sheet(tmp_path, rows, "slide_id,patient_id,label,path,mpp,magnification"))
+    config["cohorts"]["demo"]["magnification"] = 40
+    slides = load_config(config).cohorts["demo"].slides
+    assert [(slides[s].mpp, slides[s].mpp_source) for s in ("S0", "S90", "S91")] == [
+        (0.25, "config"), (0.25, "sheet"), (0.5, "sheet"),
+    ]  # fmt: skip
+
+
+def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
+    rows = [row + ",0.5" for row in good_rows()]
+    text = problems(good_config(write_sheet(tmp_path, rows, "slide_id,patient,label,path,mppp")))
+    assert "no column 'patient_id' ('patient' is misspelt?)" in text
+    assert "unknown column 'mppp', did you mean 'mpp'?" in text
+
+
+SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("settings", "properties"),
+    [
+        (TilingSettings, SCHEMA["$defs"]["tiling"]["properties"]),
+        (EncoderSettings, SCHEMA["$defs"]["encoder"]["properties"]),
+        (SplitSettings, SCHEMA["$defs"]["dataset"]["properties"]["split"]["properties"]),
+        (TrainingSettings, SCHEMA["$defs"]["training"]["properties"]),
+    ],
+)
+def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
+    """The same keys and the same defaults for those who use config.yaml and those who use Python."""
+    fields = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
+
+
+METHODS = {name: schema for name, schema in SCHEMA["$defs"]["methods"].items() if isinstance(schema, dict)}
+
+
+def test_every_method_has_a_schema() -> None:
+    assert set(METHODS) == set(MODELS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_schema_and_model_agree(method: str) -> None:
+    """The same hyperparameters and the same defaults; grouping is another stage's."""
+    module, _, name = MODELS[method].partition(":")
+    parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    expected = {key: p.default for key, p in parameters.items() if key not in ("in_dim", "n_classes")}
+    known = METHODS[method]["properties"]
+    assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected

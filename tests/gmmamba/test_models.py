@@ -1,0 +1,176 @@
+"""Every registered model: any bag, gradients everywhere, attention that sums to 1; and what is GMMamba's own."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gmmamba.models import MODELS, create_model
+from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models.css import CSS, VARIANTS
+from gmmamba.models.imm import keep_highest
+
+IN_DIM, SMALL = 24, {"width": 32}
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "BMP": {"pooling": "max", "css": None},
+    "without masking": {"mask": None, "css": None},
+    "with IMM": {"css": None},
+    "with CSS": {"mask": None},
+    "all": {},
+    "two layers": {"num_layers": 2},
+    "mamba init": {"init": "mamba"},
+    "small mask": {"mask_ratio": 0.0},
+}
+VARIED = [("gmmamba", options) for options in ABLATIONS.values()] + [(m, {}) for m in MODELS if m != "gmmamba"]
+
+
+def make(method: str, seed: int = 0, in_dim: int = IN_DIM, **options: Any) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    return create_model(method, in_dim, 3, **(SMALL | options)).eval()
+
+
+def make_bag(N: int, groups: int | None = 4, seed: int = 0, in_dim: int = IN_DIM) -> Bag:
+    generator = torch.Generator().manual_seed(seed)
+    labels = None if groups is None else torch.randint(groups, (N,), generator=generator)
+    coords = torch.randint(10_000, (N, 2), generator=generator, dtype=torch.int32)
+    return Bag(torch.randn(N, in_dim, generator=generator), coords, labels)
+
+
+@pytest.mark.parametrize(("method", "options"), VARIED)
+@settings(deadline=None, max_examples=12)
+@given(N=st.integers(1, 50), groups=st.sampled_from([None, 1, 3, 10, 60]))
+def test_any_bag(method: str, options: dict[str, Any], N: int, groups: int | None) -> None:
+    output: MILOutput = make(method, **options)(make_bag(N, groups))
+    assert output.logits.shape == (1, 3)
+    assert torch.isfinite(output.logits).all()
+    assert output.attention is not None
+    assert output.attention.shape == (N,)
+    assert not output.attention.requires_grad
+    assert (output.attention >= 0).all()
+    torch.testing.assert_close(output.attention.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(("method", "options"), VARIED)
+def test_every_parameter_learns(method: str, options: dict[str, Any]) -> None:
+    model = make(method, **options)
+    F.cross_entropy(model(make_bag(40)).logits, torch.tensor([1])).backward()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+    expected = {name for name, _ in model.named_parameters() if name.startswith("imm.mask_attention")}
+    assert without == expected  # the published mask is hard: its head keeps its initial weights
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_same_seed_same_step(method: str) -> None:
+    losses = []
+    for _ in range(2):
+        model = make(method).train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        torch.manual_seed(1)
+        for step in range(3):
+            loss = F.cross_entropy(model(make_bag(30, seed=step)).logits, torch.tensor([step]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses.append([loss, *model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_bfloat16_autocast_runs(method: str) -> None:
+    model, bag = make(method), make_bag(30)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(bag)
+    F.cross_entropy(output.logits.float(), torch.tensor([1])).backward()
+    torch.testing.assert_close(output.logits.float(), model(bag).logits, atol=0.2, rtol=0.05)
+
+
+def test_published_number_of_parameters() -> None:
+    model = create_model("gmmamba", 512, 2)
+    trained = [p for name, p in model.named_parameters() if not name.startswith(("imm._fc1", "imm.mask_attention"))]
+    assert sum(p.numel() for p in trained) == 5_801_219
+    assert sum(p.numel() for p in model.parameters()) == 6_129_668
+
+
+def test_features_of_the_models_width_enter_as_they_are() -> None:
+    model, bag = make("gmmamba", in_dim=32), make_bag(20, in_dim=32)
+    before = model(bag).logits
+    torch.nn.init.normal_(model.get_parameter("imm._fc1.0.weight"))
+    assert torch.equal(model(bag).logits, before)
+
+
+@pytest.mark.parametrize("options", ABLATIONS.values())
+def test_permuting_group_labels_permutes_group_features(options: dict[str, Any]) -> None:
+    model, bag = make("gmmamba", **options).double(), make_bag(30, groups=3)
+    bag.features = bag.features.double()
+    assert bag.groups is not None
+    first = model(bag)
+    for permutation in itertools.permutations(range(3)):
+        relabelled = Bag(bag.features, bag.coords, torch.tensor(permutation)[bag.groups])
+        second = model(relabelled)
+        features = second.details["group_features"][list(permutation)]
+        torch.testing.assert_close(features, first.details["group_features"])
+        torch.testing.assert_close(second.logits, first.logits)
+        torch.testing.assert_close(second.attention, first.attention)
+
+
+def test_groups_need_not_be_numbered_from_zero() -> None:
+    model, bag = make("gmmamba"), make_bag(30, groups=3)
+    assert bag.groups is not None
+    assert torch.equal(model(bag).logits, model(Bag(bag.features, bag.coords, bag.groups * 7 + 2)).logits)
+
+
+def test_no_groups_is_one_group() -> None:
+    model, bag = make("gmmamba"), make_bag(30, groups=None)
+    assert torch.equal(model(bag).logits, model(Bag(bag.features, bag.coords, torch.zeros(30).long())).logits)
+
+
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), ratio=st.sampled_from([0, 0.01, 0.3, 0.5, 0.99]))
+def test_mask_drops_the_lowest_and_never_the_last(sizes: list[int], ratio: float) -> None:
+    scores = torch.randn(sum(sizes), generator=torch.Generator().manual_seed(sum(sizes)))
+    group = torch.repeat_interleave(torch.tensor(sizes))
+    keep = keep_highest(scores, group, torch.tensor(sizes), ratio)
+    for kept, values in zip(keep.split(sizes), scores.split(sizes), strict=True):
+        dropped = min(max(1, int(ratio * len(values))), len(values) - 1)
+        assert (~kept).sum() == dropped
+        assert not dropped or values[~kept].max() < values[kept].min()
+
+
+def test_masked_instances_have_no_attention() -> None:
+    output = make("gmmamba")(make_bag(40))
+    masked = output.details["order"][~output.details["keep"]]
+    assert len(masked) > 0
+    assert (output.attention[masked] == 0).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_css_variants_are_what_the_table_says(variant: str) -> None:
+    torch.manual_seed(0)
+    css, X = CSS(32, variant), torch.randn(5, 32) * 0.3
+    F_, importance, steps = css(X)
+    m, Q, c, r = (steps.get(name) for name in ("max_super", "affinity", "cross_super", "mha_super"))
+    source = {"cmax": m, "cca": c, "cmha": r, "css": r}[variant.removesuffix("_q")]
+    expected = Q @ source if variant.endswith("_q") or variant == "css" else source.expand(5, 32)
+    torch.testing.assert_close(F_, expected + c if variant == "css" else expected)
+    torch.testing.assert_close(importance.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("gmamba", {}, "unknown method 'gmamba': did you mean 'gmmamba'"),
+        ("gmmamba", {"mask_ration": 0.1}, "unknown hyperparameter of gmmamba 'mask_ration': did you mean 'mask_ratio'"),
+        ("abmil", {"widht": 8}, "unknown hyperparameter of abmil 'widht': did you mean 'width'"),
+        ("gmmamba", {"css": "cmhaq"}, "unknown css variant 'cmhaq': did you mean 'cmha_q'"),
+        ("gmmamba", {"mask": "publishd"}, "unknown mask 'publishd': did you mean 'published'"),
+        ("gmmamba", {"mask_ratio": 1.0}, r"mask_ratio is 1.0: give a share"),
+    ],
+)
+def test_wrong_names_and_values_are_errors(method: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_model(method, IN_DIM, 2, **options)

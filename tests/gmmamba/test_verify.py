@@ -1,0 +1,92 @@
+"""The replay of reference cases: everything shipped passes, and what is wrong is seen."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gmmamba.verify import verify
+
+
+@pytest.fixture
+def one_case(shared: Path, tmp_path: Path) -> Path:
+    """A folder of the published form with one small case in it."""
+    source = shared / "reference" / "gmmamba"
+    for file in source.glob("t02_*"):
+        shutil.copyfile(file, tmp_path / file.name)
+    manifest = {"t02": json.loads((source / "manifest.json").read_text())["t02"]}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    return tmp_path
+
+
+def edit(file: Path, key: str, factor: float) -> None:
+    arrays = dict(np.load(file))
+    arrays[key] = arrays[key] * factor
+    np.savez(file, **arrays)
+
+
+def test_all_reference_cases_of_gmmamba(shared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(shared / "reference" / "gmmamba"), capsys.readouterr().out
+
+
+def test_the_readable_scan_passes_too(one_case: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert verify(one_case, scan="torch"), capsys.readouterr().out
+
+
+def test_baselines_that_are_built_pass_and_the_others_are_listed(
+    shared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    passed, printed = verify(shared / "reference" / "baselines"), ""
+    printed = capsys.readouterr().out
+    assert passed, printed
+    assert "clam, 17 cases: not implemented" in printed
+    assert "ilse_gated_D384_C2_N5: ok" in printed
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "factor"),
+    [
+        ("outputs", "logits", 1.001),
+        ("outputs", "grad/imm.norm.weight", 1.001),
+        ("outputs", "h2", np.nan),
+        ("outputs", "keep", 0),
+        ("inputs", "coords", 0),
+    ],
+)
+def test_a_wrong_number_is_seen(
+    one_case: Path, capsys: pytest.CaptureFixture[str], part: str, key: str, factor: float
+) -> None:
+    edit(one_case / f"t02_{part}.npz", key, factor)
+    assert not verify(one_case)
+    printed = capsys.readouterr().out
+    assert "OUT OF TOLERANCE" in printed
+    wrong = {"grad/imm.norm.weight": "grad", "coords": "kmeans"}.get(key, key)
+    assert any(
+        item.startswith(wrong + " ") and "!" in item for item in printed.replace("TOLERANCE  ", ", ").split(", ")
+    )
+
+
+def test_a_quantity_that_ours_lacks_is_seen(one_case: Path) -> None:
+    file = one_case / "t02_outputs.npz"
+    np.savez(file, **dict(np.load(file)), something_new=np.ones(3))
+    assert not verify(one_case)
+
+
+def test_a_gradient_norm_is_compared(one_case: Path) -> None:
+    manifest = json.loads((one_case / "manifest.json").read_text())
+    manifest["t02"]["grad_norms_fp64"]["cls.fc2.bias"] *= 1 + 1e-9
+    (one_case / "manifest.json").write_text(json.dumps(manifest))
+    assert not verify(one_case)
+
+
+def test_a_folder_without_cases_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no reference cases"):
+        verify(tmp_path)
+
+
+def test_a_foreign_manifest_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"version": 1}')
+    with pytest.raises(ValueError, match="is no manifest of reference cases: 'version'"):
+        verify(tmp_path)

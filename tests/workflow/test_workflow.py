@@ -1,0 +1,257 @@
+"""The whole DAG on a tiny cohort, run through Snakemake as a user would, and what an edit makes run again."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from slidestore import open_store
+from tests.slides import write_slide
+
+ROOT = Path(__file__).parents[2]
+CODE = ("Snakefile", "workflow", "envs", "gmmamba", "preprocessing", "slidestore")
+FOLDS = 3
+
+CONFIG = {
+    "cohorts": {"a": {"sheet": "a/slides.csv"}},
+    "tiling": {"patch_px": 64, "mpp": 0.5},
+    "encoders": {"tiny": {"model": "resnet18", "weights": "random", "batch_size": 16}},
+    "datasets": {
+        "d": {"cohorts": ["a"], "classes": ["normal", "tumour"], "encoder": "tiny", "split": {"folds": FOLDS}}
+    },
+    "training": {"epochs": 6},
+    "models": {"gmmamba": {"method": "gmmamba", "groups": 3}, "mean": {"method": "mean"}},
+    "experiments": {
+        "gmmamba": {"model": "gmmamba", "dataset": "d"},
+        "gmmamba2": {"model": "gmmamba", "dataset": "d"},
+        "mean": {"model": "mean", "dataset": "d"},
+    },
+    "max_failed_share": 0.2,
+}
+GOOD = [f"s{i}" for i in range(10)]
+
+
+def write_cohort(folder: Path, names: list[str]) -> None:
+    """Slides of 512 x 448 px; positives have dark nuclei. The sheet's labels alternate, one patient a slide."""
+    rows = ["slide_id,patient_id,label,path"]
+    for i, name in enumerate(names):
+        label = "tumour" if i % 2 else "normal"
+        write_slide(folder / f"{name}.tif", 512, 448, seed=i, dark=bool(i % 2))
+        rows.append(f"{name},{folder.name}-{name},{label},{name}.tif")
+    (folder / "slides.csv").write_text("\n".join(rows) + "\n")
+
+
+def snakemake(project: Path, *options: str, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "snakemake", "-s", str(code / "Snakefile"), "-d", str(project), "--cores", "2"]
+    return subprocess.run([*command, *options], capture_output=True, text=True)
+
+
+def plan(project: Path, code: Path = ROOT) -> set[str]:
+    """What Snakemake would run: "rule wildcards" of every job but `all`."""
+    run = snakemake(project, "-n", code=code)
+    assert run.returncode == 0, run.stdout + run.stderr
+    jobs = set()
+    for block in re.split(r"\n(?=(?:local)?rule )", run.stdout + run.stderr):
+        head = re.match(r"(?:local)?rule (\w+):", block)
+        wildcards = re.search(r"\n    wildcards: (.*)", block)
+        if head and head[1] != "all":
+            jobs.add(f"{head[1]} {wildcards[1] if wildcards else ''}".strip())
+    return jobs
+
+
+def edit(project: Path, change: Callable[[dict], object]) -> None:
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    change(config)
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A project with results: ten good slides and one truncated file."""
+    project = tmp_path_factory.mktemp("project")
+    write_cohort(project / "a", [*GOOD, "broken", "spare"])
+    broken = project / "a" / "broken.tif"
+    broken.write_bytes(broken.read_bytes()[:3000])
+    sheet = project / "a" / "slides.csv"
+    sheet.write_text("\n".join(line for line in sheet.read_text().splitlines() if "spare" not in line) + "\n")
+    (project / "config.yaml").write_text(yaml.safe_dump(CONFIG))
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    return project
+
+
+@pytest.fixture
+def project(finished: Path, tmp_path: Path) -> Path:
+    """A copy to edit; times are kept, they are what Snakemake compares."""
+    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
+
+
+def runs(rule: str, *experiments: str) -> set[str]:
+    return {
+        f"{rule} dataset=d, experiment={experiment}, fold={fold}, seed=0"
+        for experiment in experiments
+        for fold in range(FOLDS)
+    }
+
+
+def after_training(*experiments: str) -> set[str]:
+    """What follows when these experiments are trained again, training included."""
+    return (
+        runs("train", *experiments)
+        | runs("predict", *experiments)
+        | {f"evaluate dataset=d, experiment={experiment}" for experiment in experiments}
+        | {"report dataset=d"}
+    )
+
+
+def slides(rule: str, *names: str, cohort: str = "a") -> set[str]:
+    encoder = ", encoder=tiny" if rule == "encode_slide" else ""
+    return {f"{rule} cohort={cohort}{encoder}, slide={name}" for name in names}
+
+
+EXPERIMENTS = ("gmmamba", "gmmamba2", "mean")
+ACCOUNT = {"account_cohort cohort=a, encoder=tiny"}
+GROUP = {"group_cohort cohort=a, grouping=location-3"}
+SPLIT = {"split_dataset dataset=d"}
+ALL_SLIDES = (*GOOD, "broken")
+
+
+def test_every_slide_is_accounted_for(finished: Path) -> None:
+    accounting = pd.read_csv(finished / "results/d/accounting.csv").iloc[0]
+    assert (accounting.in_sheet, accounting.excluded, accounting.failed, accounting.predicted) == (11, 0, 1, 10)
+    table = pd.read_csv(finished / "results/a/features/tiny.csv", index_col="slide_id")
+    assert list(table.index[table.status == "failed"]) == ["broken"]
+    assert "broken" in table.reason["broken"]
+    assert open_store(finished / "results/a/features/tiny/broken.zarr.zip").attributes.failure is not None
+    splits = pd.read_csv(finished / "results/d/splits.csv")
+    assert sorted(splits.slide_id) == sorted(GOOD)
+
+
+def test_results_hang_together(finished: Path) -> None:
+    """Every slide is tested once an experiment, and the metrics are those of the predictions."""
+    for experiment in EXPERIMENTS:
+        folder = finished / "results/d" / experiment
+        tests = pd.concat(pd.read_csv(file) for file in folder.glob("fold*/predictions.csv")).query("part == 'test'")
+        assert sorted(tests.slide_id) == sorted(GOOD)
+        assert (tests.prob_normal + tests.prob_tumour).sub(1).abs().max() < 1e-6
+        metrics = pd.read_csv(folder / "metrics.csv")
+        fold0 = tests[tests.fold == 0]
+        assert metrics.accuracy[0] == pytest.approx((fold0.true == fold0.predicted).mean())
+    # Two experiments with equal settings are equal bit for bit: the seed is all the chance there is.
+    twins = [finished / "results/d" / e / "fold1_seed0/model.safetensors" for e in ("gmmamba", "gmmamba2")]
+    assert twins[0].read_bytes() == twins[1].read_bytes()
+    page = (finished / "results/d/report.html").read_text()
+    assert "broken" in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_nothing_to_be_done_the_second_time(finished: Path) -> None:
+    assert plan(finished) == set()
+
+
+def test_learning_rate_of_one_experiment(project: Path) -> None:
+    edit(project, lambda c: c["experiments"]["gmmamba2"].update(training={"learning_rate": 0.01}))
+    assert plan(project) == after_training("gmmamba2")
+
+
+def test_number_of_groups_of_one_experiment(project: Path) -> None:
+    edit(project, lambda c: c["experiments"]["gmmamba2"].update(overrides={"groups": 4}))
+    assert plan(project) == {"group_cohort cohort=a, grouping=location-4"} | after_training("gmmamba2")
+
+
+def test_tissue_threshold_of_one_cohort(project: Path) -> None:
+    edit(project, lambda c: c["cohorts"]["a"].update(tiling={"saturation_threshold": 20}))
+    assert plan(project) == (
+        slides("tile_slide", *ALL_SLIDES) | slides("encode_slide", *ALL_SLIDES) | ACCOUNT | GROUP | SPLIT
+        | after_training(*EXPERIMENTS)
+    )  # fmt: skip
+
+
+def test_encoder(project: Path) -> None:
+    edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
+    assert plan(project) == slides("encode_slide", *ALL_SLIDES) | ACCOUNT | SPLIT | after_training(*EXPERIMENTS)
+
+
+def test_one_more_slide(project: Path) -> None:
+    with (project / "a/slides.csv").open("a") as sheet:
+        sheet.write("spare,a-spare,normal,spare.tif\n")
+    assert plan(project) == (
+        slides("tile_slide", "spare") | slides("encode_slide", "spare") | ACCOUNT | GROUP | SPLIT
+        | after_training(*EXPERIMENTS)
+    )  # fmt: skip
+
+
+def test_new_cohort_outside_the_dataset(project: Path) -> None:
+    write_cohort(project / "b", ["x", "y"])
+    edit(project, lambda c: c["cohorts"].update(b={"sheet": "b/slides.csv"}))
+    assert plan(project) == (
+        slides("tile_slide", "x", "y", cohort="b") | slides("encode_slide", "x", "y", cohort="b")
+        | {"account_cohort cohort=b, encoder=tiny", "group_cohort cohort=b, grouping=location-3"}
+    )  # fmt: skip
+
+
+def test_one_more_seed(project: Path) -> None:
+    edit(project, lambda c: c.update(seeds=[0, 7]))
+    expected = {job.replace("seed=0", "seed=7") for job in after_training(*EXPERIMENTS)}
+    assert plan(project) == expected
+
+
+def test_one_more_experiment(project: Path) -> None:
+    edit(project, lambda c: c["experiments"].update(more={"model": "mean", "dataset": "d"}))
+    assert plan(project) == after_training("more")
+
+
+def test_report_setting(project: Path) -> None:
+    edit(project, lambda c: c.update(report={"title": "Another title"}))
+    assert plan(project) == {"report dataset=d"}
+
+
+@pytest.fixture
+def code(tmp_path: Path) -> Path:
+    """A copy of the program, to edit."""
+    for name in CODE:
+        source, target = ROOT / name, tmp_path / "code" / name
+        target.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    return tmp_path / "code"
+
+
+def test_a_comment_runs_nothing_and_changed_code_its_stage_and_after(project: Path, code: Path) -> None:
+    for path in code.rglob("*.py"):
+        path.write_text(path.read_text() + "\n\n# a remark\n")
+    assert plan(project, code) == set()
+    grouping = code / "gmmamba" / "grouping.py"
+    grouping.write_text(grouping.read_text() + "\n\nCHANGED = True\n")
+    assert plan(project, code) == GROUP | after_training("gmmamba", "gmmamba2")
+
+
+def test_a_wrong_key_stops_before_any_job(project: Path) -> None:
+    edit(project, lambda c: c.update(trainign={}))
+    run = snakemake(project)
+    assert run.returncode != 0
+    assert "unknown key 'trainign', did you mean 'training'?" in run.stdout + run.stderr
+    assert "Traceback" not in run.stdout + run.stderr
+
+
+def test_too_many_failures_stop_the_run_and_say_why(project: Path) -> None:
+    edit(project, lambda c: c.update(max_failed_share=0.05))
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode != 0
+    assert "1 of 11 slides failed, more than max_failed_share (0.05) allows" in run.stdout + run.stderr
+    assert open_store(project / "results/a/features/tiny/s0.zarr.zip").shape[0] > 0  # nothing computed is lost
+
+
+def test_snakemake_finds_nothing_to_complain_about() -> None:
+    run = subprocess.run([sys.executable, "-m", "snakemake", "-s", ROOT / "Snakefile", "--lint"], capture_output=True)
+    assert run.returncode == 0, run.stderr.decode()

@@ -1,0 +1,28 @@
+rule report:
+    input:
+        runs=report_inputs,
+        tables=dataset_tables,
+        groups=report_groups,
+        splits="results/{dataset}/splits.csv",
+    output:
+        report=report(
+            "results/{dataset}/report.html",
+            caption="../report/report.rst",
+            category="{dataset}",
+        ),
+        table="results/{dataset}/table.csv",
+        accounting="results/{dataset}/accounting.csv",
+    log:
+        "results/{dataset}/logs/report.log",
+    conda:
+        "../../envs/gmmamba.yaml"
+    params:
+        settings=report_settings,
+        tables=table_options,
+        groups=report_group_options,
+        results="results/{dataset}",
+        code=code_digest("gmmamba.report", files=(Path(workflow.basedir, "gmmamba/report.html.j2"),)),
+    shell:
+        "python -m gmmamba report --settings {params.settings:q} {params.tables} {params.groups}"
+        " --splits {input.splits} --results {params.results} --output {output.report} --table {output.table}"
+        " --accounting {output.accounting} > {log} 2>&1"

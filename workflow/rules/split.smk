@@ -1,0 +1,17 @@
+rule split_dataset:
+    input:
+        dataset_tables,
+    output:
+        "results/{dataset}/splits.csv",
+    log:
+        "results/{dataset}/logs/split.log",
+    conda:
+        "../../envs/gmmamba.yaml"
+    params:
+        tables=table_options,
+        classes=classes,
+        settings=split_settings,
+        code=code_digest("gmmamba.splits"),
+    shell:
+        "python -m gmmamba split --dataset {wildcards.dataset} --classes {params.classes:q} {params.tables}"
+        " --settings {params.settings:q} --output {output} > {log} 2>&1"

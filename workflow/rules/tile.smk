@@ -1,0 +1,24 @@
+rule tile_slide:
+    input:
+        slide=slide_file,
+    output:
+        coords="results/{cohort}/tiles/{slide}.npy",
+        record="results/{cohort}/tiles/{slide}.json",
+        thumbnail="results/{cohort}/tiles/{slide}.thumbnail.jpg",
+        mask="results/{cohort}/tiles/{slide}.mask.png",
+    log:
+        "results/{cohort}/logs/tile/{slide}.log",
+    benchmark:
+        "results/{cohort}/benchmarks/tile/{slide}.tsv"
+    conda:
+        "../../envs/preprocessing.yaml"
+    resources:
+        mem_mb=2000,
+    params:
+        settings=tiling_settings,
+        mpp=mpp_option,
+        code=code_digest("preprocessing.tile"),
+    shell:
+        "python -m preprocessing tile --slide {input.slide:q} --slide-id {wildcards.slide} --cohort {wildcards.cohort}"
+        " --settings {params.settings:q} {params.mpp} --coords {output.coords} --record {output.record}"
+        " --thumbnail {output.thumbnail} --mask {output.mask} > {log} 2>&1"

@@ -1,0 +1,60 @@
+rule train:
+    input:
+        splits="results/{dataset}/splits.csv",
+        tables=dataset_tables,
+        groups=experiment_groups,
+    output:
+        model="results/{dataset}/{experiment}/fold{fold}_seed{seed}/model.safetensors",
+        settings="results/{dataset}/{experiment}/fold{fold}_seed{seed}/model.json",
+        history="results/{dataset}/{experiment}/fold{fold}_seed{seed}/history.csv",
+    log:
+        "results/{dataset}/logs/train/{experiment}/fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/train/{experiment}/fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/gmmamba.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        gpu=1,
+    params:
+        folder="results/{dataset}/{experiment}/fold{fold}_seed{seed}",
+        tables=table_options,
+        groups=group_options,
+        experiment=experiment_settings,
+        code=model_code,
+    shell:
+        "python -m gmmamba train --experiment {params.experiment:q} --fold {wildcards.fold} --seed {wildcards.seed}"
+        " --splits {input.splits} {params.tables} {params.groups} --threads {threads}"
+        " --output {params.folder} > {log} 2>&1"
+
+
+rule predict:
+    input:
+        splits="results/{dataset}/splits.csv",
+        tables=dataset_tables,
+        groups=experiment_groups,
+        model="results/{dataset}/{experiment}/fold{fold}_seed{seed}/model.safetensors",
+        settings="results/{dataset}/{experiment}/fold{fold}_seed{seed}/model.json",
+    output:
+        predictions="results/{dataset}/{experiment}/fold{fold}_seed{seed}/predictions.csv",
+        attention="results/{dataset}/{experiment}/fold{fold}_seed{seed}/attention.npz",
+    log:
+        "results/{dataset}/logs/predict/{experiment}/fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/{dataset}/benchmarks/predict/{experiment}/fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/gmmamba.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        gpu=1,
+    params:
+        folder="results/{dataset}/{experiment}/fold{fold}_seed{seed}",
+        tables=table_options,
+        groups=group_options,
+        code=prediction_code,
+    shell:
+        "python -m gmmamba predict-fold --model {params.folder} --fold {wildcards.fold} --seed {wildcards.seed}"
+        " --splits {input.splits} {params.tables} {params.groups} --threads {threads}"
+        " --predictions {output.predictions} --attention {output.attention} > {log} 2>&1"
