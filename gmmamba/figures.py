@@ -128,7 +128,8 @@ class SlidePictures:
 
     def groups(self, labels: np.ndarray) -> Image.Image:
         """Each group (labels (N,) int) in a colour, its number at its centre."""
-        palette = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
+        bright = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
+        palette = np.concatenate([bright, bright * 0.5])
         image = self.paint(palette[labels % len(palette)], np.full(len(labels), 0.6))
         draw = ImageDraw.Draw(image)
         font = ImageFont.load_default(size=22)

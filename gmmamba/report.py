@@ -40,7 +40,7 @@ METRIC_NAMES = {
     "auprc": "AUPRC",
 }
 COUNTS = ("in_sheet", "excluded", "failed", "not_tested", "predicted")
-PACKAGES = ("gmmamba", "torch", "timm", "scikit-learn", "numpy", "zarr", "openslide-python", "snakemake")
+PACKAGES = ("gmmamba", "numpy", "scikit-learn", "pandas", "zarr")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ def report(
 
     experiments: as training was given them, in the order of the table's rows. encoder: name, model, weights, ...
     slide_tables: cohort -> CSV. groups: (cohort, grouping) -> npz. results: the dataset's folder, which holds
-    {experiment}/fold{fold}_seed{seed}/. config: what the page shows as the resolved configuration.
+    {experiment}/fold{fold}_seed{seed}/. config: what else the page shows as the resolved
+    configuration, besides encoder and experiments; all of it JSON values.
 
     Raises ValueError where predictions are missing for a slide of a test part.
     """
@@ -109,7 +110,7 @@ def report(
         dataset=dataset,
         classes=classes,
         encoder=encoder,
-        patients=slides["patient_id"].nunique(),
+        patients=parts["patient_id"].nunique(),
         folds=folds,
         seeds=seeds,
         counts=counts.to_dict("records"),
@@ -132,9 +133,9 @@ def report(
             for i, (name, rs) in enumerate(runs.items())
         ],
         kept={name: [run.card["best_epoch"] for run in rs] for name, rs in runs.items()},
-        config=json.dumps(config, indent=2, default=str),
+        config=json.dumps({"encoder": encoder, **config, "experiments": experiments}, indent=2),
         versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
-        devices=sorted({run.card["device"] for rs in runs.values() for run in rs}),
+        trained_on=sorted({f"{r.card['device']}, torch {r.card['torch_version']}" for rs in runs.values() for r in rs}),
     )  # fmt: skip
     with replace_when_whole(table) as part:
         scores.to_csv(part, index=False)
@@ -295,12 +296,14 @@ def example_rows(
             Path(slide["thumbnail"]), store.coords, attributes.patch_px_level0, attributes.level0_width
         )
         name = example.slide_id
-        pictures = [{"uri": figures.jpeg(drawn.plain), "caption": "the slide", "alt": f"Slide {name}"}]
+        pictures = [
+            {"uri": figures.jpeg(drawn.plain), "caption": "slide", "note": slide["label"], "alt": f"Slide {name}"}
+        ]
         for grouping in dict.fromkeys(e["grouping"] for e in attentive if e["grouping"]):
             _, labels = read_groups(groups[slide["cohort"], grouping])[example.slide_id]
-            caption = f"groups ({grouping}): {len(np.unique(labels))}"
-            uri = figures.jpeg(drawn.groups(labels))
-            pictures.append({"uri": uri, "caption": caption, "alt": f"The groups of patches of slide {name}"})
+            note = f"{len(np.unique(labels))}, {grouping}"
+            alt = f"The groups of patches of slide {name}"
+            pictures.append({"uri": figures.jpeg(drawn.groups(labels)), "caption": "groups", "note": note, "alt": alt})
         for experiment in attentive:
             run = next(r for r in runs[experiment["name"]] if (r.fold, r.seed) == (example.fold, example.seed))
             attention = np.load(run.folder / "attention.npz")[example.slide_id]
@@ -309,7 +312,8 @@ def example_rows(
             pictures.append(
                 {
                     "uri": figures.jpeg(drawn.attention(attention)),
-                    "caption": f"{experiment['name']}: P({of}) = {predicted[f'prob_{of}']:.2f}",
+                    "caption": experiment["name"],
+                    "note": f"P({of}) = {predicted[f'prob_{of}']:.2f}",
                     "alt": f"Attention of {experiment['name']} on slide {name}, called {predicted['predicted']}",
                 }
             )

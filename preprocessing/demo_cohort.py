@@ -65,8 +65,8 @@ class Stain:
     @classmethod
     def of_patient(cls, rng: np.random.Generator) -> "Stain":
         return cls(
-            HAEMATOXYLIN * rng.uniform(0.88, 1.12) * (1 + rng.normal(0, 0.03, 3).astype(np.float32)),
-            EOSIN * rng.uniform(0.8, 1.2) * (1 + rng.normal(0, 0.04, 3).astype(np.float32)),
+            HAEMATOXYLIN * rng.uniform(0.9, 1.1) * (1 + rng.normal(0, 0.03, 3).astype(np.float32)),
+            EOSIN * rng.uniform(0.85, 1.15) * (1 + rng.normal(0, 0.04, 3).astype(np.float32)),
         )
 
 
@@ -132,11 +132,11 @@ def paint_slide(slide: PlannedSlide) -> tuple[Array, list[tuple[float, float, fl
 
     # What a slide holds, drawn alike for both labels. Aggregates and fibrosis take the room of glands as foci do.
     lymphocytes_per_mm2, gland_room, spindles_per_mm2 = rng.uniform(100, 500), rng.uniform(14, 50), rng.uniform(900, 1800)
-    wanted = [(int(rng.integers(1, 5)), 45, 85), (int(rng.integers(1, 4)), 60, 110)]
-    wanted.append((int(rng.integers(2, 5)) if slide.label == "tumour" else 0, 75, 105))
+    wanted = [(int(rng.integers(1, 5)), 40, 70), (int(rng.integers(1, 4)), 60, 110)]
+    wanted.insert(0, (int(rng.integers(2, 4)) if slide.label == "tumour" else 0, 95, 125))
     places: list[tuple[float, float, float]] = []
     kinds = [place_discs(rng, tissue, places, count, low, high, gap=60) for count, low, high in wanted]
-    aggregates, _, foci = kinds
+    foci, aggregates, _ = kinds
     glands = place_discs(rng, tissue, places, 400, 62, 120, gap=gland_room)
 
     direction = fibre_direction(rng, height, width)
@@ -145,7 +145,7 @@ def paint_slide(slide: PlannedSlide) -> tuple[Array, list[tuple[float, float, fl
     spindle_nuclei(rng, nuclei, direction, spindles_per_mm2)
     lymphocytes(rng, nuclei, scatter(rng, height, width, lymphocytes_per_mm2))
     for x, y, radius in aggregates:
-        lymphocytes(rng, nuclei, crowd(rng, x, y, radius, spacing=11.5, keep=0.85))
+        lymphocytes(rng, nuclei, crowd(rng, x, y, radius, spacing=13, keep=0.85))
     for gland in glands:
         paint_gland(rng, gland, eosin, haematoxylin, nuclei)
     for focus in foci:
@@ -253,8 +253,8 @@ def crowd(rng: np.random.Generator, x: float, y: float, radius: float, spacing: 
     column[1::2] += spacing / 2
     points = np.stack([column.ravel(), row.ravel()], -1) + rng.normal(0, 0.17 * spacing, (row.size, 2))
     turn, phase = np.arctan2(points[:, 1], points[:, 0]), rng.uniform(0, 2 * np.pi, 2)
-    reach = radius * (0.8 + 0.14 * np.cos(2 * turn + phase[0]) + 0.1 * np.cos(5 * turn + phase[1]))
-    inside = np.hypot(*points.T) < reach * np.where(rng.random(len(points)) < 0.25, 1.25, 0.9)  # frayed rim
+    reach = radius * (0.9 + 0.12 * np.cos(2 * turn + phase[0]) + 0.08 * np.cos(5 * turn + phase[1]))
+    inside = np.hypot(*points.T) < reach * np.where(rng.random(len(points)) < 0.25, 1.1, 0.95)  # frayed rim
     inside &= rng.random(len(points)) < keep
     return points[inside] + (x, y)
 
@@ -272,7 +272,7 @@ def lymphocytes(rng: np.random.Generator, layer: Array, centres: Array) -> None:
     """Small, round, dark nuclei with hardly any cytoplasm."""
     n = len(centres)
     axes = rng.uniform(4.2, 5.4, (n, 1)) * rng.uniform(0.9, 1.1, (n, 2))
-    draw_nuclei(rng, layer, centres, axes, rng.uniform(0, np.pi, n), rng.uniform(1.2, 1.75, n), 0.03)
+    draw_nuclei(rng, layer, centres, axes, rng.uniform(0, np.pi, n), rng.uniform(1.1, 1.5, n), 0.03)
 
 
 def paint_gland(rng: np.random.Generator, gland: tuple[float, float, float], eosin: Array, haematoxylin: Array, nuclei: Array) -> None:
@@ -326,7 +326,7 @@ def paint_gland(rng: np.random.Generator, gland: tuple[float, float, float], eos
 def paint_focus(rng: np.random.Generator, focus: tuple[float, float, float], eosin: Array, haematoxylin: Array, nuclei: Array) -> None:
     """A focus of tumour: crowded, large, dark nuclei of every shape in a purple ground, no gland."""
     x, y, radius = focus
-    centres = crowd(rng, x, y, radius, spacing=18, keep=0.93)
+    centres = crowd(rng, x, y, radius, spacing=16.5, keep=0.96)
     ground = np.zeros(eosin.shape, np.uint8)
     for centre in np.rint(centres).astype(int):
         cv2.circle(ground, tuple(int(v) for v in centre), 14, 255, -1)
@@ -334,11 +334,11 @@ def paint_focus(rng: np.random.Generator, focus: tuple[float, float, float], eos
     body = cv2.GaussianBlur(ground[box].astype(np.float32) / 255, (0, 0), 3)
     speckle = smooth_noise(rng, *body.shape, 3)
     eosin[box] += body * (0.4 + 0.06 * speckle - eosin[box])
-    haematoxylin[box] += body * (0.3 + 0.05 * speckle - haematoxylin[box])
+    haematoxylin[box] += body * (0.4 + 0.05 * speckle - haematoxylin[box])
     nuclei[box][body > 0.4] = 0
     n = len(centres)
     axes = rng.uniform(6.5, 11.5, (n, 1)) * np.stack([np.ones(n), rng.uniform(0.6, 1, n)], -1)
-    depth = rng.uniform(1.0, 1.7, n)
+    depth = rng.uniform(1.3, 2.1, n)
     draw_nuclei(rng, nuclei, centres, axes, rng.uniform(0, np.pi, n), depth, 0.09)
     nucleoli = rng.random(n) < 0.4
     draw_nuclei(rng, nuclei, centres[nucleoli] + rng.normal(0, 2, (nucleoli.sum(), 2)), np.full((nucleoli.sum(), 2), 1.8), np.zeros(nucleoli.sum()), depth[nucleoli] + 0.4, 0)
