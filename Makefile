@@ -22,7 +22,6 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
-	$(BIN)/snakemake --lint
 
 # The embedded cohort is drawn by the project; its sheet is written last.
 results/demo/cohort/slides.csv: | $(VENV)/installed

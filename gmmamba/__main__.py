@@ -94,7 +94,7 @@ def user_errors() -> tuple[type[Exception], ...]:
     from gmmamba.splits import SplitError
     from slidestore import StoreError
 
-    return (ConfigError, SplitError, StoreError, TooManyFailedError, FileNotFoundError)
+    return (ConfigError, SplitError, StoreError, TooManyFailedError, FileNotFoundError, FloatingPointError)
 
 
 def cohort_file(text: str) -> tuple[str, Path]:

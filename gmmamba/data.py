@@ -13,10 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from gmmamba.grouping import read_groups
 from gmmamba.models.bag import Bag
 from gmmamba.splits import read_slide_tables
 from slidestore import StoreError, open_store
+from slidestore.groups import read_groups
 
 
 class DataError(StoreError):

@@ -1,9 +1,7 @@
 """Groups of patches, made once per slide and stored (GMMAMBA.md, section 1).
 
-Reads   R/{cohort}/tiles/{slide}.npy         (N, 2) int32, (x, y) of the top-left corners, level-0 pixels
-Writes  R/{cohort}/groups/{grouping}.npz     slide_ids (S,) str; offsets (S + 1,) int64; coords (M, 2) int32 and
-                                             labels (M,) int16 of all slides' M patches: slide i has the rows
-                                             offsets[i] … offsets[i + 1] - 1
+Reads the coordinates of each slide's patches, ``results/{cohort}/tiles/{slide}.npy``; writes the cohort's groups,
+``results/{cohort}/groups/{grouping}.npz`` (see slidestore.groups).
 
 A grouping is named by method and number of groups: "location-10". Slides without patches have no rows and are
 left out.
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.cluster import KMeans
 from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from slidestore.atomic import replace_when_whole
+from slidestore.groups import write_groups
 
 Coords = NDArray[np.integer]
 
@@ -74,21 +72,5 @@ def group_cohort(coords_files: Mapping[str, Path], grouping: str, output: Path) 
     """Group every slide of a cohort; `coords_files` maps slide ids to the tiles' .npy."""
     method, n_groups = parse_grouping(grouping)
     coords = {slide: np.load(path) for slide, path in coords_files.items()}
-    coords = {slide: rows for slide, rows in coords.items() if len(rows)}
-    labels = [group_coords(rows, method, n_groups) for rows in coords.values()]
-    with replace_when_whole(output) as part, part.open("wb") as file:
-        np.savez_compressed(
-            file,
-            slide_ids=np.array(list(coords), dtype=np.str_),
-            offsets=np.cumsum([0, *map(len, labels)], dtype=np.int64),
-            coords=np.concatenate([np.empty((0, 2)), *coords.values()]).astype(np.int32),
-            labels=np.concatenate([np.empty(0), *labels]).astype(np.int16),
-        )
-
-
-def read_groups(path: Path) -> dict[str, tuple[NDArray[np.int32], NDArray[np.int16]]]:
-    """Coordinates (N, 2) and labels (N,) of each slide of a groups file."""
-    with np.load(path) as file:
-        ids, offsets, coords, labels = (file[name] for name in ("slide_ids", "offsets", "coords", "labels"))
-    bounds = zip(ids.tolist(), offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)
-    return {slide: (coords[start:end], labels[start:end]) for slide, start, end in bounds}
+    groups = {slide: (xy, group_coords(xy, method, n_groups)) for slide, xy in coords.items() if len(xy)}
+    write_groups(output, groups)

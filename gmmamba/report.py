@@ -24,11 +24,11 @@ import pandas as pd
 
 from gmmamba import figures
 from gmmamba.evaluation import probabilities_of, read_predictions
-from gmmamba.grouping import read_groups
 from gmmamba.metrics import METRICS
 from gmmamba.splits import PARTS, read_slide_tables
 from slidestore import open_store
 from slidestore.atomic import replace_when_whole
+from slidestore.groups import read_groups
 from slidestore.settings import from_dict
 
 METRIC_NAMES = {

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from sklearn.model_selection import StratifiedKFold
 
 from slidestore.atomic import replace_when_whole
 
@@ -66,6 +65,8 @@ def patient_folds(
                     f"class {name!r} has {count} patients, too few for {settings.folds} folds: the test part of "
                     f"fold {count} would have none; use at most {count} folds, or add slides of that class"
                 )
+        from sklearn.model_selection import StratifiedKFold  # here: it takes a second, and most stages only read
+
         shuffled = StratifiedKFold(settings.folds, shuffle=True, random_state=settings.seed)
         folds = []
         for rest, test in shuffled.split(patients, y):

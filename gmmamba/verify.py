@@ -59,12 +59,12 @@ Checks = Iterator[Check]
 def verify(folder: Path, scan: str = "packed") -> bool:
     """Replay every case below `folder` and print one line each; False if any quantity is out of tolerance.
 
-    Methods that are not built are listed as "not implemented" and do not fail. ValueError for a folder without
-    cases. `scan` is the backend of the selective scan.
+    Methods that are not built are listed as "not implemented" and do not fail. FileNotFoundError for a folder
+    without cases. `scan` is the backend of the selective scan.
     """
     manifests, indices = (sorted(Path(folder).rglob(name)) for name in ("manifest.json", "index.json"))
     if not manifests and not indices:
-        raise ValueError(f"{folder} holds no reference cases: no manifest.json and no index.json, at any depth")
+        raise FileNotFoundError(f"{folder} holds no reference cases: no manifest.json and no index.json, at any depth")
     passed = []
     for manifest in manifests:
         print(f"{manifest.parent}: largest relative error, float32/float64")

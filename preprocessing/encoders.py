@@ -41,9 +41,7 @@ class Encoder(nn.Module):
         if settings.precision not in ("fp32", "bf16"):
             raise ValueError(f"encoder {settings.name!r}: precision is {settings.precision!r}, expected fp32 or bf16")
         if not timm.is_model(settings.model):
-            raise ValueError(
-                f"encoder {settings.name!r}: timm has no model {settings.model!r}; see timm.list_models()"
-            )
+            raise ValueError(f"encoder {settings.name!r}: timm has no model {settings.model!r}; see timm.list_models()")
         self.settings = settings
         # The seed decides random weights; fork_rng keeps it from leaking into the caller's random numbers.
         with torch.random.fork_rng(devices=[]):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from gmmamba.grouping import METHODS, group_cohort, group_coords, parse_grouping, read_groups
+from gmmamba.grouping import METHODS, group_cohort, group_coords, parse_grouping
+from slidestore.groups import read_groups
 
 
 def grid(N: int, seed: int = 0) -> np.ndarray:

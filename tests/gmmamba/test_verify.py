@@ -82,7 +82,7 @@ def test_a_gradient_norm_is_compared(one_case: Path) -> None:
 
 
 def test_a_folder_without_cases_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no reference cases"):
+    with pytest.raises(FileNotFoundError, match="holds no reference cases"):
         verify(tmp_path)
 
 

@@ -19,7 +19,7 @@ from preprocessing.errors import SlideError
 from preprocessing.slide import open_slide
 from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
 from slidestore import StoreError, open_store
-from tests.preprocessing.pyramids import PINK, blob, write_aperio
+from tests.slides import PINK, blob, write_aperio
 
 TINY = EncoderSettings(name="tiny", model="test_resnet", weights="random", batch_size=16)
 LINES_UM = 10  # distance of the painted lines

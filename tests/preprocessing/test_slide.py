@@ -7,7 +7,7 @@ import pytest
 
 from preprocessing.errors import SlideError
 from preprocessing.slide import open_slide
-from tests.preprocessing.pyramids import PINK, blob, plain, write_aperio
+from tests.slides import PINK, blob, plain, write_aperio
 
 
 def test_the_file_gives_the_scale(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
-from tests.preprocessing.pyramids import WHITE, blob, plain, write_aperio
+from tests.slides import WHITE, blob, plain, write_aperio
 
 SMALL = TilingSettings(patch_px=64)
 
