@@ -8,7 +8,6 @@ Writes
 Every slide shows glands in fibrous stroma, aggregates of lymphocytes (small, round, dark) and two or three sites
 without glands. In a `normal` slide these sites are plain stroma; in a `tumour` slide each is a focus of crowded, large,
 irregular, dark nuclei. Nothing else depends on the label: the stain is the patient's, all the rest the slide's.
-
 Four slides are odd on purpose: one has no mpp in its file (the sheet gives it), one file is cut off in the middle, one
 has a ring of felt-tip pen, one holds a mere sliver of tissue.
 
@@ -64,9 +63,8 @@ def make_demo_cohort(out: Path, slides: int = 30, seed: int = 0) -> None:
     """
     if slides < FEWEST_SLIDES:
         raise ValueError(f"slides={slides}: the demo cohort needs {FEWEST_SLIDES} or more, four are odd on purpose")
-    (sheet := out / "slides.csv").unlink(
-        missing_ok=True
-    )  # of an earlier cohort, whose slides are about to be overwritten
+    sheet = out / "slides.csv"
+    sheet.unlink(missing_ok=True)  # of an earlier cohort, whose slides are about to be overwritten
     truth, rows = [], []
     for slide in tqdm(plan_cohort(slides, seed), desc="painting the demo cohort", unit="slide"):
         pixels, foci = paint_slide(slide)
@@ -106,38 +104,38 @@ def paint_slide(slide: PlannedSlide) -> tuple[Array, list[Disc]]:
 
     # The layout is drawn before the label is looked at; glands fill what room the rest leaves.
     taken: list[Disc] = []
-    sites = place_discs(rng, tissue, taken, int(rng.integers(2, 4)), (90, 118), gap=250)
-    aggregates = place_discs(rng, tissue, taken, int(rng.integers(1, 7)), (40, 75), gap=60)
-    glands = place_discs(rng, tissue, taken, 400, (62, 120), gap=rng.uniform(14, 50))
+    sites = place_discs(rng, tissue, taken, int(rng.choice([2, 2, 3])), (102, 126), gap=250)
+    aggregates = place_discs(rng, tissue, taken, int(rng.integers(0, 9)), (40, 75), gap=60)
+    glands = place_discs(rng, tissue, taken, 400, (62, 120), gap=rng.uniform(12, 80))
     foci = sites if slide.label == "tumour" else []
 
     canvas = Canvas(rng, height, width)
-    canvas.spindle_nuclei(per_mm2=rng.uniform(900, 1800))
-    canvas.lymphocytes(scatter(rng, height, width, per_mm2=rng.uniform(100, 500)))
+    canvas.spindle_nuclei(per_mm2=rng.uniform(600, 2400))
+    canvas.lymphocytes(scatter(rng, height, width, per_mm2=rng.uniform(50, 800)))
     for aggregate in aggregates:
         canvas.lymphocytes(crowd(rng, aggregate, spacing=13, keep=0.85))
     for gland in glands:
         canvas.gland(gland)
     for focus in foci:
         canvas.focus(focus)
+
     hue = np.random.default_rng(slide.patient_seed)
-    haematoxylin = HAEMATOXYLIN * hue.uniform(0.9, 1.1) * hue.normal(1, 0.03, 3)
-    eosin = EOSIN * hue.uniform(0.85, 1.15) * hue.normal(1, 0.04, 3)
+    haematoxylin = HAEMATOXYLIN * hue.uniform(0.83, 1.17) * hue.normal(1, 0.03, 3)
+    eosin = EOSIN * hue.uniform(0.8, 1.2) * hue.normal(1, 0.04, 3)
     stained = cv2.GaussianBlur(canvas.stains() * tissue[..., None], (0, 0), 0.8)  # the objective's blur
     density = cv2.transform(stained, np.stack([haematoxylin, eosin], axis=1))
     if slide.oddity == "pen":
-        density += pen_ring(rng, height, width)[..., None] * INK
+        density = density + pen_ring(rng, height, width)[..., None] * INK
     noise = 1.6 * rng.standard_normal((height, width, 1), np.float32)  # the scanner's
     return np.clip(np.exp(-density) * glass + noise, 0, 255).astype(np.uint8), foci
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> Array:
     """Gaussian noise of unit variance and correlation length `sigma`, float32 of `shape`, (height, width)."""
-    height, width = shape
     step = max(1, int(sigma / 2))  # a field that is smooth over many pixels needs few samples
-    small = rng.standard_normal((height // step + 2, width // step + 2), np.float32)
+    small = rng.standard_normal([side // step + 2 for side in shape], np.float32)
     blurred = cv2.GaussianBlur(small, (0, 0), sigma / step)
-    return cv2.resize(blurred / blurred.std(), (width, height), interpolation=cv2.INTER_CUBIC)
+    return cv2.resize(blurred / blurred.std(), shape[::-1], interpolation=cv2.INTER_CUBIC)
 
 
 def tissue_outline(rng: np.random.Generator, height: int, width: int, sliver: bool) -> Array:
@@ -166,14 +164,14 @@ def place_discs(
     """Up to `count` discs inside the tissue and `gap` away from those `taken`, to which they are added."""
     depth = cv2.distanceTransform((tissue[::8, ::8] > 0.5).astype(np.uint8), cv2.DIST_L2, 5) * 8
     placed: list[Disc] = []
-    for _ in range(40 * count):
+    for _ in range(max(2000, 40 * count)):
+        if len(placed) == count:
+            break
         x, y, radius = rng.uniform(0, tissue.shape[1]), rng.uniform(0, tissue.shape[0]), rng.uniform(*radii)
         fits = depth[int(y) // 8, int(x) // 8] > radius + 15
         if fits and all((x - a) ** 2 + (y - b) ** 2 > (radius + c + gap) ** 2 for a, b, c in taken):
             placed.append((x, y, radius))
             taken.append((x, y, radius))
-        if len(placed) == count:
-            break
     return placed
 
 
@@ -319,7 +317,7 @@ class Canvas:
         self.nuclei[box][body > 0.4] = 0
         n = len(centres)
         axes = rng.uniform(6.5, 11.5, (n, 1)) * np.stack([np.ones(n), rng.uniform(0.6, 1, n)], -1)
-        depth, some = rng.uniform(1.15, 1.9, n), rng.random(n) < 0.4
+        depth, some = rng.uniform(1.3, 2.1, n), rng.random(n) < 0.4
         self.draw_nuclei(centres, axes, rng.uniform(0, np.pi, n), depth, ragged=0.09)
         nucleoli = centres[some] + rng.normal(0, 2, (some.sum(), 2))
         self.draw_nuclei(nucleoli, np.full(nucleoli.shape, 1.8), np.zeros(len(nucleoli)), depth[some] + 0.4, ragged=0)
@@ -341,7 +339,6 @@ def write_aperio(path: Path, pixels: Array, mpp: float | None) -> None:
                 compressionargs={"level": 85},
                 description=f"{title} -> {size[0]}x{size[1]}|{scale}",
                 metadata=None,
-                software=False,
                 **layout,
             )
 
