@@ -16,8 +16,11 @@ RGB = glass * exp(-(H * haematoxylin + E * eosin)). Lengths are in level-0 pixel
 """
 
 import csv
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import cv2
@@ -56,7 +59,7 @@ class PlannedSlide:
     patient_seed: tuple[int, int]  # of what the patient's slides share: the stain
 
 
-def make_demo_cohort(out: Path, slides: int = 30, seed: int = 0) -> None:
+def make_demo_cohort(out: Path, slides: int = 24, seed: int = 0) -> None:
     """Paint the cohort into the folder `out`; the same seed gives the same pixels.
 
     The sheet is written last: a cohort that was interrupted has none. Raises ValueError for too few slides.
@@ -65,19 +68,28 @@ def make_demo_cohort(out: Path, slides: int = 30, seed: int = 0) -> None:
         raise ValueError(f"slides={slides}: the demo cohort needs {FEWEST_SLIDES} or more, four are odd on purpose")
     sheet = out / "slides.csv"
     sheet.unlink(missing_ok=True)  # of an earlier cohort, whose slides are about to be overwritten
-    truth, rows = [], []
-    for slide in tqdm(plan_cohort(slides, seed), desc="painting the demo cohort", unit="slide"):
-        pixels, foci = paint_slide(slide)
-        with replace_when_whole(out / "slides" / f"{slide.slide_id}.svs") as part:
-            write_aperio(part, pixels, None if slide.oddity == "no_mpp" else MPP)
-            if slide.oddity == "truncated":
-                with part.open("r+b") as file:
-                    file.truncate(part.stat().st_size * 2 // 5)
-        truth += [(slide.slide_id, *(round(v) for v in focus)) for focus in foci]
-        mpp = MPP if slide.oddity == "no_mpp" else ""
-        rows.append((slide.slide_id, slide.patient_id, slide.label, f"slides/{slide.slide_id}.svs", mpp))
+    plan = plan_cohort(slides, seed)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        painted = pool.map(paint_file, plan, [out / "slides"] * len(plan))
+        truth = [row for foci in tqdm(painted, "painting the demo cohort", len(plan), unit="slide") for row in foci]
+    rows = [
+        (s.slide_id, s.patient_id, s.label, f"slides/{s.slide_id}.svs", MPP if s.oddity == "no_mpp" else "")
+        for s in plan
+    ]
     write_csv(out / "foci.csv", ("slide_id", "x", "y", "radius_px"), truth)
     write_csv(sheet, ("slide_id", "patient_id", "label", "path", "mpp"), rows)
+
+
+def paint_file(slide: PlannedSlide, folder: Path) -> list[tuple[str, int, int, int]]:
+    """Paint one slide into `folder`; returns its foci as rows of foci.csv."""
+    cv2.setNumThreads(1)  # a process a core
+    pixels, foci = paint_slide(slide)
+    with replace_when_whole(folder / f"{slide.slide_id}.svs") as part:
+        write_aperio(part, pixels, None if slide.oddity == "no_mpp" else MPP)
+        if slide.oddity == "truncated":
+            with part.open("r+b") as file:
+                file.truncate(part.stat().st_size * 2 // 5)
+    return [(slide.slide_id, round(x), round(y), round(radius)) for x, y, radius in foci]
 
 
 def plan_cohort(slides: int, seed: int) -> list[PlannedSlide]:

@@ -188,6 +188,14 @@ def prediction_code(wildcards):
     return code_digest("gmmamba.prediction", model_file(wildcards))
 
 
+def output_folder(wildcards, output):
+    return str(Path(output[0]).parent)
+
+
+def model_folder(wildcards, input):
+    return str(Path(input.model).parent)
+
+
 def runs(dataset, experiment, file):
     return expand(
         f"results/{dataset}/{experiment}/fold{{fold}}_seed{{seed}}/{file}",

@@ -18,7 +18,7 @@ rule train:
         mem_mb=4000,
         gpu=1,
     params:
-        folder="results/{dataset}/{experiment}/fold{fold}_seed{seed}",
+        folder=output_folder,
         tables=table_options,
         groups=group_options,
         experiment=experiment_settings,
@@ -50,7 +50,7 @@ rule predict:
         mem_mb=4000,
         gpu=1,
     params:
-        folder="results/{dataset}/{experiment}/fold{fold}_seed{seed}",
+        folder=model_folder,
         tables=table_options,
         groups=group_options,
         code=prediction_code,
