@@ -8,7 +8,7 @@ SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed results/demo/cohort/slides.csv
-	$(SNAKEMAKE) --show-failed-logs
+	$(SNAKEMAKE) --quiet rules --show-failed-logs
 	@$(BIN)/gmmamba summary results/demo
 
 test: $(VENV)/installed

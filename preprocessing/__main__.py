@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("demo-cohort", help="generate the slides of the demo")
     command.set_defaults(run=demo_cohort)
     command.add_argument("--out", type=Path, required=True)
-    command.add_argument("--slides", type=int, default=24)
+    command.add_argument("--slides", type=int, default=30)
     command.add_argument("--seed", type=int, default=0)
     return main
 

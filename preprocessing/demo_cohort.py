@@ -59,7 +59,7 @@ class PlannedSlide:
     patient_seed: tuple[int, int]  # of what the patient's slides share: the stain
 
 
-def make_demo_cohort(out: Path, slides: int = 24, seed: int = 0) -> None:
+def make_demo_cohort(out: Path, slides: int = 30, seed: int = 0) -> None:
     """Paint the cohort into the folder `out`; the same seed gives the same pixels.
 
     The sheet is written last: a cohort that was interrupted has none. Raises ValueError for too few slides.
