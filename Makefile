@@ -12,10 +12,10 @@ demo: $(VENV)/installed results/demo/cohort/slides.csv
 	@$(BIN)/gmmamba summary results/demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(CORES) --dist worksteal -m slow
+	$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m slow
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
