@@ -174,7 +174,8 @@ def place_discs(
     rng: np.random.Generator, tissue: Array, taken: list[Disc], count: int, radii: tuple[float, float], gap: float
 ) -> list[Disc]:
     """Up to `count` discs inside the tissue and `gap` away from those `taken`, to which they are added."""
-    depth = cv2.distanceTransform((tissue[::8, ::8] > 0.5).astype(np.uint8), cv2.DIST_L2, 5) * 8
+    inside = np.pad(tissue[::8, ::8] > 0.5, 1).astype(np.uint8)  # tissue ends where the slide ends
+    depth = cv2.distanceTransform(inside, cv2.DIST_L2, 5)[1:-1, 1:-1] * 8
     placed: list[Disc] = []
     for _ in range(max(2000, 40 * count)):
         if len(placed) == count:
@@ -183,7 +184,7 @@ def place_discs(
         fits = depth[int(y) // 8, int(x) // 8] > radius + 15
         if fits and all((x - a) ** 2 + (y - b) ** 2 > (radius + c + gap) ** 2 for a, b, c in taken):
             placed.append((x, y, radius))
-            taken.append((x, y, radius))
+            taken.append(placed[-1])
     return placed
 
 
@@ -213,8 +214,7 @@ class Canvas:
 
     def __init__(self, rng: np.random.Generator, height: int, width: int) -> None:
         """Fibrous stroma: noise smeared along the direction of the fibres, with clefts between the bundles."""
-        self.rng = rng
-        self.nuclei = np.zeros((height, width), np.uint8)
+        self.rng, self.nuclei = rng, np.zeros((height, width), np.uint8)
         self.chromatin = 1 + 0.16 * smooth_noise(rng, (height, width), 1.3)
         # The angle of the fibres, in radians: a slow swirl with a wave in it.
         self.direction = 1.6 * smooth_noise(rng, (height, width), 220) + 0.35 * smooth_noise(rng, (height, width), 22)

@@ -9,7 +9,7 @@ import numpy as np
 import openslide
 import pytest
 
-from preprocessing.demo_cohort import make_demo_cohort, paint_slide, plan_cohort
+from preprocessing.demo_cohort import make_demo_cohort, paint_slide, place_discs, plan_cohort
 
 SLIDES = 6
 
@@ -100,6 +100,20 @@ def test_the_seed_decides_every_pixel_and_the_label_nothing_but_the_foci() -> No
     # The scanner's noise is another, so it is blurred away.
     smooth = [cv2.GaussianBlur(image.astype(np.float32), (0, 0), 4) for image in (tumour, normal)]
     assert np.abs(smooth[0] - smooth[1])[elsewhere > 0].max() < 12
+
+
+def test_discs_lie_within_the_slide_and_apart() -> None:
+    # Tissue up to every edge: glands that overhang the slide cannot be painted (seen with seeds 1 and 3).
+    taken = [(300.0, 400.0, 100.0)]
+    placed = place_discs(np.random.default_rng(0), np.ones((800, 600), np.float32), taken, 30, (40, 60), gap=10)
+    assert len(placed) > 10
+    assert len(taken) == len(placed) + 1
+    for x, y, radius in placed:
+        assert radius + 6 < x < 600 - radius
+        assert radius + 6 < y < 800 - radius
+    for i, (x, y, radius) in enumerate(taken):
+        assert all(np.hypot(x - a, y - b) > radius + c + 10 for a, b, c in taken[:i])
+    assert place_discs(np.random.default_rng(0), np.ones((800, 600), np.float32), [], 0, (40, 60), gap=10) == []
 
 
 def test_patients_labels_and_oddities_of_the_whole_plan() -> None:
