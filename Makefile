@@ -31,7 +31,7 @@ results/demo/cohort/slides.csv: | $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"gmmamba needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	@if command -v uv > /dev/null; then \
-		uv venv --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && uv pip install --python $(BIN)/python --editable ".[dev]"; \
+		uv venv --allow-existing --python "$$(command -v $(PYTHON))" $(VENV) && uv pip install --compile-bytecode --python $(BIN)/python --editable ".[dev]"; \
 	else \
 		$(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --editable ".[dev]"; \
 	fi
