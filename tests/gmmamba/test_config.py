@@ -58,8 +58,9 @@ def test_defaults_model_and_overrides_are_resolved_in_this_order(config: dict[st
     variant, plain = resolved.experiments["demo", "variant"], resolved.experiments["demo", "gmmamba"]
     assert (variant.grouping, plain.grouping) == ("location-5", "location-10")
     assert variant.model == plain.model  # groups are another stage's, so they are not the model's
-    assert variant.training == {**plain.training, "learning_rate": 0.01}
-    assert plain.training["weight_decay"] == 1e-5  # the schema's
+    assert variant.training["learning_rate"] == 0.01  # the experiment's
+    assert variant.training["epochs"] == config["training"]["epochs"]  # the general one
+    assert variant.training["weight_decay"] == 1e-5  # the schema's
     assert resolved.experiments["demo", "abmil"].grouping is None
 
 

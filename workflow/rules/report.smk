@@ -20,7 +20,7 @@ rule report:
         settings=report_settings,
         tables=table_options,
         groups=report_group_options,
-        results="results/{dataset}",
+        results=output_folder,
         code=code_digest("gmmamba.report", files=(Path(workflow.basedir, "gmmamba/report.html.j2"),)),
     shell:
         "python -m gmmamba report --settings {params.settings:q} {params.tables} {params.groups}"
