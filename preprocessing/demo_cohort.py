@@ -16,7 +16,6 @@ RGB = glass * exp(-(H * haematoxylin + E * eosin)). Lengths are in level-0 pixel
 """
 
 import csv
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -69,7 +68,7 @@ def make_demo_cohort(out: Path, slides: int = 30, seed: int = 0) -> None:
     sheet = out / "slides.csv"
     sheet.unlink(missing_ok=True)  # of an earlier cohort, whose slides are about to be overwritten
     plan = plan_cohort(slides, seed)
-    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         painted = pool.map(paint_file, plan, [out / "slides"] * len(plan))
         truth = [row for foci in tqdm(painted, "painting the demo cohort", len(plan), unit="slide") for row in foci]
     rows = [

@@ -1,7 +1,6 @@
 """What the rules share: the checked configuration, wildcards held to known values, inputs and params by name."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
