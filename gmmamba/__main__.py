@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("folder", type=Path)
 
     options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("gmmamba").setLevel(logging.INFO)  # not that of every library
     try:
         return int(options.run(options) or 0)
     except user_errors() as error:

@@ -56,7 +56,7 @@ class Check:
 Checks = Iterator[Check]
 
 
-def verify(folder: Path, scan: str = "packed") -> bool:
+def verify(folder: Path, scan: str = "auto") -> bool:
     """Replay every case below `folder` and print one line each; False if any quantity is out of tolerance.
 
     Methods that are not built are listed as "not implemented" and do not fail. FileNotFoundError for a folder

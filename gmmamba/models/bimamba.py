@@ -20,7 +20,7 @@ class BiMamba(nn.Module):
     Parameter names are the published ones. Initialised as Mamba does it; the IMM may overwrite that.
     """
 
-    def __init__(self, width: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, scan: str = "packed"):
+    def __init__(self, width: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, scan: str = "auto"):
         super().__init__()
         inner, rank = expand * width, math.ceil(width / 16)
         self.scan = scan
@@ -41,23 +41,23 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
         """(N, D) of groups of `sizes` (G,), one behind the other, to (N, D); no group sees another."""
-        u, z = self.in_proj(x).chunk(2, dim=1)
-        directions = [
-            (self.conv1d, self.x_proj, self.dt_proj),
-            (self.conv1d_b, self.x_proj_b, self.dt_proj_b),
-        ]
-        inputs = []  # u, dt, B, C of each direction
-        padded, row = zero_separated(u, sizes, self.conv1d.kernel_size[0] - 1)
-        for (conv, x_proj, dt_proj), reverse in zip(directions, (False, True), strict=True):
-            u = F.silu(causal_conv(padded, row, conv, reverse))  # (N, E)
-            dt, B, C = x_proj(u).split(self.split, dim=1)
-            inputs.append((u, F.softplus(dt_proj(dt)), B, C))
-        u, dt, B, C = (torch.stack(pair) for pair in zip(*inputs, strict=True))
-        A = -torch.stack([self.A_log, self.A_b_log]).exp()
-        D = torch.stack([self.D, self.D_b])
+        xz = self.in_proj(x)
+        u, z = xz.chunk(2, dim=1)  # [u; z] = W_in x
+        # Both directions, forward and backward, at once: (2, N, ·)
+        u = F.silu(causal_conv(u, sizes, self.conv1d, self.conv1d_b))
+        dt, B, C = torch.bmm(u, both(self.x_proj.weight, self.x_proj_b.weight).mT).split(self.split, dim=2)
+        W_dt, b_dt = both(self.dt_proj.weight, self.dt_proj_b.weight), both(self.dt_proj.bias, self.dt_proj_b.bias)
+        dt = F.softplus(torch.baddbmm(b_dt.unsqueeze(1), dt, W_dt.mT))
+        A = -both(self.A_log, self.A_b_log).exp()
+        D = both(self.D, self.D_b)
         y = selective_scan(u, dt, A, B, C, D, sizes, reverse=(False, True), backend=self.scan)
         out: Tensor = self.out_proj(y.sum(0) * F.silu(z))  # W_out (y_forward silu(z) + y_backward silu(z))
         return out
+
+
+def both(forward: Tensor, backward: Tensor) -> Tensor:
+    """The parameters of both directions, (2, …)."""
+    return torch.stack([forward, backward])
 
 
 def step_projection(rank: int, inner: int) -> nn.Linear:
@@ -70,25 +70,24 @@ def step_projection(rank: int, inner: int) -> nn.Linear:
     return projection
 
 
-def zero_separated(x: Tensor, sizes: Tensor, gap: int) -> tuple[Tensor, Tensor]:
-    """x (N, E) with `gap` zero rows before, between and after its groups, and the row (N,) of each instance there."""
-    group = torch.repeat_interleave(sizes)
-    row = torch.arange(len(x), device=x.device) + gap * (group + 1)
-    padded = x.new_zeros(len(x) + gap * (len(sizes) + 1), x.shape[1])
-    return padded.index_copy(0, row, x), row
+def causal_conv(x: Tensor, sizes: Tensor, forward: nn.Conv1d, backward: nn.Conv1d) -> Tensor:
+    """Depthwise convolution of each group over its past, and over its future: (N, E) to (2, N, E).
 
-
-def causal_conv(padded: Tensor, row: Tensor, conv: nn.Conv1d, reverse: bool) -> Tensor:
-    """Depthwise convolution over the past of each group, or with `reverse` over its future, as shifted sums.
-
-    padded, row: from `zero_separated` with a gap of the kernel size - 1. Returns (N, E).
+    A sum of shifted copies of x, in which gaps of zeros keep the groups apart.
     """
-    taps = conv.weight.squeeze(1).T  # (W, E), the last one meets the instance itself
-    gap = len(taps) - 1
-    length = len(padded) - 2 * gap
-    assert conv.bias is not None
-    out = conv.bias.expand(length, -1)
-    for j, tap in enumerate(taps):
-        start = 2 * gap - j if reverse else j
-        out = torch.addcmul(out, padded[start : start + length], tap)
-    return out.index_select(0, row - gap)
+    taps = both(forward.weight, backward.weight).squeeze(2)  # (2, E, W), the last tap meets the instance itself
+    gap = taps.shape[2] - 1
+    group = torch.repeat_interleave(sizes)
+    row = torch.arange(len(x), device=x.device) + gap * group
+    length = len(x) + gap * (len(sizes) - 1)
+    padded = x.new_zeros(length + 2 * gap, x.shape[1]).index_copy(0, row + gap, x)
+    assert forward.bias is not None
+    assert backward.bias is not None
+    directions = []
+    for k, bias in enumerate((forward.bias, backward.bias)):
+        out = bias.expand(length, -1)
+        for j in range(gap + 1):
+            start = 2 * gap - j if k else j
+            out = torch.addcmul(out, padded[start : start + length], taps[k, :, j])
+        directions.append(out.index_select(0, row))
+    return torch.stack(directions)

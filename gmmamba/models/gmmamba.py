@@ -46,7 +46,7 @@ class GMMamba(nn.Module):
         num_layers: int = 1,
         dropout: float = 0.1,
         init: str = "published",
-        scan: str = "packed",
+        scan: str = "auto",
     ):
         super().__init__()
         self.imm = IMM(in_dim, width, d_state, mask, mask_ratio, pooling, init, scan)

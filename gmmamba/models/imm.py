@@ -16,6 +16,7 @@ from gmmamba.models.bimamba import BiMamba
 MASKS = ("published",)
 POOLINGS = ("attention", "max")
 INITS = ("published", "mamba")
+ROWS = 16384  # instances that go through a mixer together, unless a group has more
 
 
 class IMM(nn.Module):
@@ -107,10 +108,24 @@ def mixer_modules(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def residual(norm_and_mixer: nn.ModuleList, x: Tensor, sizes: Tensor) -> Tensor:
-    """x + BiMamba(LN x)."""
+    """x + BiMamba(LN x), a few groups at a time: the inner activations of a whole slide would not fit a laptop."""
     norm, mixer = norm_and_mixer
-    out: Tensor = x + mixer(norm(x), sizes)
-    return out
+    parts = []
+    for some in runs_of_groups(sizes.tolist(), ROWS):
+        part, x = x.split([sum(some), len(x) - sum(some)])
+        parts.append(part + mixer(norm(part), torch.tensor(some, device=x.device)))
+    return torch.cat(parts)
+
+
+def runs_of_groups(sizes: list[int], most: int) -> Iterator[list[int]]:
+    """The sizes in runs that sum to at most `most`, or are one group."""
+    run: list[int] = []
+    for size in sizes:
+        if run and sum(run) + size > most:
+            yield run
+            run = []
+        run.append(size)
+    yield run
 
 
 def keep_highest(scores: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float) -> Tensor:

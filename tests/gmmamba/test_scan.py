@@ -1,5 +1,7 @@
 """The selective scan: its backends agree with the recurrence as written, and groups do not see each other."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,9 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gmmamba.models.bimamba import BiMamba
-from gmmamba.models.scan import BACKENDS, selective_scan
+from gmmamba.models.scan import selective_scan
 
-FAST = sorted(set(BACKENDS) - {"torch"})
+ON_CPU = ["numba", "torch"]
 group_sizes = st.lists(st.integers(1, 7), min_size=1, max_size=6)
 
 
@@ -30,14 +32,36 @@ def outputs_and_gradients(arguments: list[Tensor], sizes: list[int], backend: st
     return [y, *torch.autograd.grad((y * weights).sum(), arguments)]
 
 
-@pytest.mark.parametrize("backend", FAST)
 @settings(deadline=None, max_examples=25)
-@given(sizes=group_sizes)
-def test_backends_agree_with_the_reference_scan(backend: str, sizes: list[int]) -> None:
-    arguments = inputs(sizes)
-    ours, reference = (outputs_and_gradients(arguments, sizes, b) for b in (backend, "torch"))
-    for value, expected in zip(ours, reference, strict=True):
-        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-11)
+@given(sizes=st.one_of(group_sizes, st.lists(st.integers(60, 70), min_size=1, max_size=2)), E=st.integers(1, 130))
+def test_numba_agrees_with_the_reference_scan(sizes: list[int], E: int) -> None:
+    """Groups longer than a chunk, channels that fill no block."""
+    arguments = inputs(sizes, E)
+    for dtype, tolerance in ((torch.float64, 1e-11), (torch.float32, 1e-4)):
+        cast = [x.detach().to(dtype).requires_grad_() for x in arguments]
+        ours, reference = (outputs_and_gradients(cast, sizes, backend) for backend in ("numba", "torch"))
+        for value, expected in zip(ours, reference, strict=True):
+            torch.testing.assert_close(value, expected, rtol=0, atol=tolerance * expected.abs().max().item())
+
+
+@settings(deadline=None)
+@given(x=st.floats(-200, 0, width=32))
+def test_exp_of_numba(x: float) -> None:
+    """One step of decay exp(dt A) = exp(x) on a state of 1; below -87 it stays at 1e-38."""
+    one, A = torch.ones(1, 2, 1), torch.full((1, 1, 1), x)
+    u = torch.tensor([[[1.0], [0.0]]])
+    y = selective_scan(u, one, A, one, one, torch.zeros(1, 1), torch.tensor([2]), reverse=[False], backend="numba")
+    assert abs(y[0, 1, 0].item() - math.exp(x)) <= max(3e-7 * math.exp(x), 2e-38)
+
+
+def test_threads_do_not_change_a_bit() -> None:
+    arguments, sizes = inputs([50, 3], E=200, dtype=torch.float32), [50, 3]
+    before, results = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(outputs_and_gradients(arguments, sizes, "numba"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 def test_reference_scan_follows_the_recurrence() -> None:
@@ -51,7 +75,7 @@ def test_reference_scan_follows_the_recurrence() -> None:
                 torch.testing.assert_close(y[k, t, e], (C[k, t] * state).sum() + D[k, e] * u[k, t, e])
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_gradients_against_finite_differences(backend: str) -> None:
     sizes = [4, 1, 6]
     arguments = inputs(sizes, E=2, S=2)
@@ -103,10 +127,10 @@ def test_low_precision_keeps_a_float32_state() -> None:
 
 def test_two_runs_are_bit_identical() -> None:
     arguments, sizes = inputs([5, 2, 9, 1], E=64, S=16, dtype=torch.float32), [5, 2, 9, 1]
-    first, second = (outputs_and_gradients(arguments, sizes, "packed") for _ in range(2))
+    first, second = (outputs_and_gradients(arguments, sizes, "numba") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_unknown_backend_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown scan backend 'paked': did you mean 'packed'"):
-        selective_scan(*inputs([2]), torch.tensor([2]), backend="paked")
+    with pytest.raises(ValueError, match="unknown scan backend 'nunba': did you mean 'numba'"):
+        selective_scan(*inputs([2]), torch.tensor([2]), backend="nunba")
