@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 from sklearn.cluster import KMeans
 
 from gmmamba.grouping import (
@@ -51,16 +50,16 @@ def test_location_is_the_published_k_means() -> None:
     assert (group_coords(coords, "location", 10) == published).all()
 
 
+ROW = st.tuples(*[st.sampled_from([-7, 0, 6e-8, 1e-3, 1e3, 6e4])] * 2)
+
+
 @pytest.mark.filterwarnings("ignore:Number of distinct clusters")
 @settings(deadline=None)
-@given(
-    features=st.integers(1, 12).flatmap(
-        lambda N: arrays(np.float16, (N, 2), elements=st.sampled_from([-7, 0, 6e-8, 1e-3, 1e3, 6e4]))
-    ),
-    n_groups=st.integers(1, 20),
-)
-def test_any_features(features: np.ndarray, n_groups: int) -> None:
+@given(rows=st.lists(ROW, min_size=1, max_size=12), n_groups=st.integers(1, 20))
+@example(rows=[(1e3, 1e-3), (1e-3, 6e4), (6e-8, -7), (1e3, 0), (0, 6e4), (1e-3, 0)], n_groups=6)
+def test_any_features(rows: list[tuple[float, float]], n_groups: int) -> None:
     """Rows may be equal, or so near each other that k-means in float32 cannot tell them apart."""
+    features = np.array(rows, np.float16)
     labels = group_features(features, n_groups)
     assert labels.shape == (len(features),)
     assert labels.dtype == np.int16
