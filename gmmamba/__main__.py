@@ -31,14 +31,21 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("account", account, "slide table of a cohort: what became of every row of its sheet")
     add_cohort(sub)
-    sub.add_argument("--stores", type=Path, required=True, help="folder of the stores of one encoder")
-    sub.add_argument("--encoder", required=True)
+    add_tiles(sub)
+    add_stores(sub)
     sub.add_argument("--max-failed-share", type=float, required=True)
     sub.add_argument("--output", type=Path, required=True)
 
     sub = command("group", group, "group the patches of every slide of a cohort (LG)")
     add_cohort(sub)
+    add_tiles(sub)
     sub.add_argument("--grouping", required=True, help="kind and number of groups, such as location-10")
+    sub.add_argument("--output", type=Path, required=True)
+
+    sub = command("group-by-features", group_by_features, "the same by k-means on the features of one encoder")
+    add_cohort(sub)
+    add_stores(sub)
+    sub.add_argument("--groups", type=int, required=True, help="number of groups")
     sub.add_argument("--output", type=Path, required=True)
 
     sub = command("split", split, "split the patients of a dataset into folds")
@@ -116,7 +123,15 @@ def grouping_file(text: str) -> tuple[tuple[str, str], Path]:
 def add_cohort(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--cohort", required=True)
     sub.add_argument("--sheet", type=Path, required=True)
+
+
+def add_tiles(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--tiles", type=Path, required=True, help="folder of what tile_slide wrote")
+
+
+def add_stores(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--stores", type=Path, required=True, help="folder of the stores of one encoder")
+    sub.add_argument("--encoder", required=True)
 
 
 def add_run(sub: argparse.ArgumentParser) -> None:
@@ -149,6 +164,10 @@ def sheet_slides(options: argparse.Namespace) -> list[Any]:
     return list(slides.values())
 
 
+def kept_slides(options: argparse.Namespace) -> list[str]:
+    return [slide.slide_id for slide in sheet_slides(options) if not slide.exclude]
+
+
 def account(options: argparse.Namespace) -> None:
     from gmmamba.accounting import account_cohort
 
@@ -161,8 +180,15 @@ def account(options: argparse.Namespace) -> None:
 def group(options: argparse.Namespace) -> None:
     from gmmamba.grouping import group_cohort
 
-    ids = [slide.slide_id for slide in sheet_slides(options) if not slide.exclude]
-    group_cohort({i: options.tiles / f"{i}.npy" for i in ids}, options.grouping, options.output)
+    coords = {slide_id: options.tiles / f"{slide_id}.npy" for slide_id in kept_slides(options)}
+    group_cohort(coords, options.grouping, options.output)
+
+
+def group_by_features(options: argparse.Namespace) -> None:
+    from gmmamba.grouping import group_cohort_by_features
+
+    stores = {slide_id: options.stores / f"{slide_id}.zarr.zip" for slide_id in kept_slides(options)}
+    group_cohort_by_features(stores, options.encoder, options.groups, options.output)
 
 
 def split(options: argparse.Namespace) -> None:

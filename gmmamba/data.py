@@ -16,7 +16,7 @@ import torch
 from gmmamba.models.bag import Bag
 from gmmamba.splits import read_slide_tables
 from slidestore import StoreError, open_store
-from slidestore.groups import read_groups
+from slidestore.groups import SlideGroups, read_groups
 
 
 class DataError(StoreError):
@@ -58,27 +58,23 @@ def load_bags(
             f"{splits} has the label {unknown[0]!r}, which is none of {', '.join(classes)}: use its classes"
         )
     stores = read_slide_tables(slide_tables).set_index(["cohort", "slide_id"])["store"]
-    grouped = {cohort: read_groups(path) for cohort, path in groups.items()} if groups is not None else None
+    grouped = {cohort: (path, read_groups(path)) for cohort, path in groups.items()} if groups else None
 
     bags = []
     members = table[table[f"fold{fold}"] == part]
     for row in members[["slide_id", "patient_id", "cohort", "label"]].to_dict("records"):
         slide_id, cohort = row["slide_id"], row["cohort"]
         store = open_store(Path(stores[cohort, slide_id]), encoder)
-        labels = None
-        if grouped is not None:
-            labels = _labels_of(slide_id, store.coords, grouped[cohort], groups[cohort] if groups else Path())
+        labels = _labels_of(slide_id, store.coords, *grouped[cohort]) if grouped else None
         bag = Bag(torch.from_numpy(store.features), torch.from_numpy(store.coords), labels)
         sha = store.attributes.encoder_weights_sha256
         bags.append(LabelledBag(slide_id, row["patient_id"], cohort, bag, classes.index(row["label"]), sha or ""))
     return bags
 
 
-def _labels_of(
-    slide_id: str, coords: np.ndarray, grouped: Mapping[str, tuple[np.ndarray, np.ndarray]], path: Path
-) -> torch.Tensor:
+def _labels_of(slide_id: str, coords: np.ndarray, path: Path, grouped: Mapping[str, SlideGroups]) -> torch.Tensor:
     """(N,) int64 group labels of a slide, after checking that the same patches were grouped."""
-    remedy = "delete that file and let group_cohort write it anew"
+    remedy = "delete that file and let Snakemake write it anew"
     if slide_id not in grouped:
         raise DataError(f"slide {slide_id} is not in the groups {path}: {remedy}")
     grouped_coords, labels = grouped[slide_id]

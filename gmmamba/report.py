@@ -14,6 +14,7 @@ import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -285,6 +286,7 @@ def example_rows(
         return []
     by_id = slides[slides["status"] == "ready"].set_index("slide_id")
     shown = {label: classes[1] if len(classes) == 2 else label for label in classes}  # whose probability, by label
+    read = cache(read_groups)  # a file has the groups of all slides of its cohort
     rows = []
     for example in choose_examples(runs[attentive[0]["name"]], classes, wanted):
         slide: dict[Any, str] = by_id.loc[example.slide_id].to_dict()
@@ -300,7 +302,7 @@ def example_rows(
             {"uri": figures.jpeg(drawn.plain), "caption": "slide", "note": slide["label"], "alt": f"Slide {name}"}
         ]
         for grouping in dict.fromkeys(e["grouping"] for e in attentive if e["grouping"]):
-            _, labels = read_groups(groups[slide["cohort"], grouping])[example.slide_id]
+            _, labels = read(groups[slide["cohort"], grouping])[example.slide_id]
             note = f"{len(np.unique(labels))}, {grouping}"
             alt = f"The groups of patches of slide {name}"
             pictures.append({"uri": figures.jpeg(drawn.groups(labels)), "caption": "groups", "note": note, "alt": alt})

@@ -1,4 +1,5 @@
-"""One file of groups a cohort and grouping (`groups/{grouping}.npz`): the group of every patch of every slide.
+"""One file of groups a cohort and grouping (`groups/{grouping}.npz`; by features `groups/{encoder}/{grouping}.npz`):
+the group of every patch of every slide.
 
 | array       | shape, dtype   | meaning                                                                    |
 |-------------|----------------|----------------------------------------------------------------------------|

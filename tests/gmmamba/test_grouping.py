@@ -5,12 +5,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sklearn.cluster import KMeans
 
-from gmmamba.grouping import METHODS, group_cohort, group_coords, parse_grouping
+from gmmamba.grouping import (
+    METHODS,
+    group_cohort,
+    group_cohort_by_features,
+    group_coords,
+    group_features,
+    parse_grouping,
+)
+from slidestore import StoreError, write_store
 from slidestore.groups import read_groups
+from tests.gmmamba.synthetic import ENCODER, attributes_of
 
 
 def grid(N: int, seed: int = 0) -> np.ndarray:
@@ -41,6 +50,29 @@ def test_location_is_the_published_k_means() -> None:
     assert (group_coords(coords, "location", 10) == published).all()
 
 
+ROW = st.tuples(*[st.sampled_from([-7, 0, 6e-8, 1e-3, 1e3, 6e4])] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+@settings(deadline=None)
+@given(rows=st.lists(ROW, min_size=1, max_size=12), n_groups=st.integers(1, 20))
+@example(rows=[(1e3, 1e-3), (1e-3, 6e4), (6e-8, -7), (1e3, 0), (0, 6e4), (1e-3, 0)], n_groups=6)
+def test_any_features(rows: list[tuple[float, float]], n_groups: int) -> None:
+    """Rows may be equal, or so near each other that k-means in float32 cannot tell them apart."""
+    features = np.array(rows, np.float16)
+    labels = group_features(features, n_groups)
+    assert labels.shape == (len(features),)
+    assert labels.dtype == np.int16
+    assert set(labels) == set(range(labels.max() + 1))
+    assert labels.max() < min(n_groups, len(np.unique(features, axis=0)))
+
+
+def test_features_are_grouped_by_k_means_in_float32() -> None:
+    features = np.random.default_rng(0).normal(size=(300, 16)).astype(np.float16)
+    published = KMeans(n_clusters=10, random_state=0, n_init="auto").fit_predict(features.astype(np.float32))
+    assert (group_features(features, 10) == published).all()
+
+
 @pytest.mark.parametrize("method", ["random", "sequential"])
 def test_nearly_equal_parts(method: str) -> None:
     labels = group_coords(grid(23), method, 5)
@@ -68,6 +100,25 @@ def test_cohort_file(tmp_path: Path) -> None:
         assert (labels == group_coords(coords, "location", 4)).all()
         assert (coords.dtype, labels.dtype) == (np.int32, np.int16)
     assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "groups" / "location-4.npz").read_bytes()
+
+
+def test_cohort_file_by_features(tmp_path: Path) -> None:
+    stores, features = {}, {}
+    for slide, N in {"b": 30, "failed": 0, "a": 3}.items():
+        stores[slide] = tmp_path / f"{slide}.zarr.zip"
+        features[slide] = np.random.default_rng(N).normal(size=(N, 16)).astype(np.float16)
+        write_store(stores[slide], grid(N), features[slide], attributes_of(slide, "c", "ab" * 32))
+    output, again = tmp_path / "groups" / ENCODER / "features-4.npz", tmp_path / "again.npz"
+    for file in (output, again):
+        group_cohort_by_features(stores, ENCODER, 4, file)
+    groups = read_groups(output)
+    assert list(groups) == ["b", "a"]  # a failed slide has no patches
+    for slide, (coords, labels) in groups.items():
+        assert (coords == grid(len(coords))).all()
+        assert (labels == group_features(features[slide], 4)).all()
+    assert again.read_bytes() == output.read_bytes()
+    with pytest.raises(StoreError, match=rf"b.zarr.zip: features are of encoder '{ENCODER}', asked for 'other'"):
+        group_cohort_by_features(stores, "other", 4, again)
 
 
 def test_cohort_without_patches(tmp_path: Path) -> None:

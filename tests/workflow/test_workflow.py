@@ -180,6 +180,18 @@ def test_encoder(project: Path) -> None:
     assert plan(project) == slides("encode_slide", *ALL_SLIDES) | ACCOUNT | SPLIT | after_training(*EXPERIMENTS)
 
 
+def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
+    edit(project, lambda c: c["experiments"]["gmmamba2"].update(overrides={"grouping": "features"}))
+    run = snakemake(project, "--show-failed-logs", "results/a/groups/tiny/features-3.npz")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert plan(project) == after_training("gmmamba2")
+    edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
+    assert plan(project) == (
+        slides("encode_slide", *ALL_SLIDES) | ACCOUNT | SPLIT | after_training(*EXPERIMENTS)
+        | {"group_cohort_by_features cohort=a, encoder=tiny, groups=3"}
+    )  # fmt: skip
+
+
 def test_one_more_slide(project: Path) -> None:
     with (project / "a/slides.csv").open("a") as sheet:
         sheet.write("spare,a-spare,normal,spare.tif\n")

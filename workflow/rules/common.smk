@@ -38,6 +38,7 @@ wildcard_constraints:
     cohort=one_of(CONFIG.cohorts),
     encoder=one_of(CONFIG.encoders),
     grouping=one_of(CONFIG.groupings()),
+    groups=r"\d+",
     dataset=one_of(CONFIG.datasets),
     experiment=one_of({experiment for _, experiment in CONFIG.experiments}),
     slide=r"[A-Za-z0-9][A-Za-z0-9._-]*",
@@ -57,10 +58,14 @@ def slide_tables():
 
 
 def group_files():
-    return expand(
-        "results/{cohort}/groups/{grouping}.npz",
-        cohort=CONFIG.cohorts,
-        grouping=CONFIG.groupings(),
+    """The groups of every cohort that has the encoder of some experiment with groups."""
+    return sorted(
+        {
+            groups_file(cohort.name, experiment)
+            for cohort in CONFIG.cohorts.values()
+            for experiment in CONFIG.experiments.values()
+            if experiment.grouping and experiment.encoder in cohort.encoders
+        }
     )
 
 
@@ -163,10 +168,17 @@ def experiment_settings(wildcards):
     return json.dumps(experiment_of(wildcards).as_dict(), sort_keys=True)
 
 
+def groups_file(cohort, experiment):
+    """Groups by features are those of one encoder, all others hold for every encoder."""
+    if experiment.grouping.startswith("features-"):
+        return f"results/{cohort}/groups/{experiment.encoder}/{experiment.grouping}.npz"
+    return f"results/{cohort}/groups/{experiment.grouping}.npz"
+
+
 def experiment_groups(wildcards):
-    grouping = experiment_of(wildcards).grouping
-    cohorts = CONFIG.datasets[wildcards.dataset].cohorts if grouping else []
-    return [f"results/{cohort}/groups/{grouping}.npz" for cohort in cohorts]
+    experiment = experiment_of(wildcards)
+    cohorts = CONFIG.datasets[wildcards.dataset].cohorts if experiment.grouping else []
+    return [groups_file(cohort, experiment) for cohort in cohorts]
 
 
 def group_options(wildcards):
@@ -224,8 +236,8 @@ def report_inputs(wildcards):
 
 def report_groups(wildcards):
     cohorts = CONFIG.datasets[wildcards.dataset].cohorts
-    used = sorted({e.grouping for e in dataset_experiments(wildcards) if e.grouping})
-    return [f"results/{cohort}/groups/{grouping}.npz" for cohort in cohorts for grouping in used]
+    used = [experiment for experiment in dataset_experiments(wildcards) if experiment.grouping]
+    return sorted({groups_file(cohort, experiment) for cohort in cohorts for experiment in used})
 
 
 def report_group_options(wildcards):

@@ -14,3 +14,24 @@ rule group_cohort:
     shell:
         "python -m gmmamba group --cohort {wildcards.cohort} --sheet {input.sheet:q} --tiles {params.tiles}"
         " --grouping {wildcards.grouping} --output {output} > {log} 2>&1"
+
+
+rule group_cohort_by_features:
+    input:
+        sheet=sheet_file,
+        stores=cohort_stores,
+    output:
+        "results/{cohort}/groups/{encoder}/features-{groups}.npz",
+    log:
+        "results/{cohort}/logs/group/{encoder}/features-{groups}.log",
+    benchmark:
+        "results/{cohort}/benchmarks/group/{encoder}/features-{groups}.tsv"
+    conda:
+        "../../envs/gmmamba.yaml"
+    params:
+        stores="results/{cohort}/features/{encoder}",
+        code=code_digest("gmmamba.grouping"),
+    shell:
+        "python -m gmmamba group-by-features --cohort {wildcards.cohort} --sheet {input.sheet:q}"
+        " --stores {params.stores} --encoder {wildcards.encoder} --groups {wildcards.groups}"
+        " --output {output} > {log} 2>&1"
