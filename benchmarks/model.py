@@ -59,8 +59,9 @@ def measure(options: argparse.Namespace, backends: list[str]) -> dict[Cell, Resu
         cells = [cell for cell in cells if affordable(cell, results, options.budget, options.memory * 1e9)]
         tell(f"N {N}, G {G}, {STEPS[train]} of {', '.join(cell.runner for cell in cells)} …")
         peaks = {cell: 0.0 if cell.runner in (KMEANS, LINEAR) else peak_memory(cell) for cell in cells}
-        steps = {cell: prepare(cell) for cell in cells if math.isfinite(peaks[cell])}
-        times = interleaved_medians(steps, options.repeats, options.budget)
+        ready = {cell: prepare(cell) for cell in cells if math.isfinite(peaks[cell])}
+        times = interleaved_medians(ready, options.repeats, options.budget)
+        del ready  # the next peaks may need the memory
         for cell in cells:
             results[cell] = Result(times.get(cell, math.nan), peaks[cell])
             seconds, megabytes = number(results[cell].seconds), number(peaks[cell] / 1e6)
