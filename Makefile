@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow lint bench clean
 
 demo: $(VENV)/installed results/demo/cohort/slides.csv
 	$(SNAKEMAKE) --quiet rules --show-failed-logs
@@ -22,6 +22,10 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
+
+# Hours on two cores; a short run: .venv/bin/python -m benchmarks.model --sizes 1000,4000 --groups 10
+bench: $(VENV)/installed
+	$(BIN)/python -m benchmarks.model --write docs/performance.md
 
 # The embedded cohort is drawn by the project; its sheet is written last.
 results/demo/cohort/slides.csv: | $(VENV)/installed

@@ -31,7 +31,7 @@ def make_repeatable(seed: int, threads: int) -> None:
     """Seed torch and let it use only operations that give the same bits each time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is repeatable only with a fixed workspace
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # we read nothing that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # needless: all is written
     torch.backends.cudnn.benchmark = False
     torch.set_num_threads(threads)
     torch.manual_seed(seed)

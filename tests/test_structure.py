@@ -9,9 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FORBIDDEN = {
-    "slidestore": {"gmmamba", "preprocessing"},
-    "preprocessing": {"gmmamba"},
-    "gmmamba": {"preprocessing"},
+    "slidestore": {"gmmamba", "preprocessing", "benchmarks"},
+    "preprocessing": {"gmmamba", "benchmarks"},
+    "gmmamba": {"preprocessing", "benchmarks"},
 }
 
 
