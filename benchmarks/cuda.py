@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.measure import markdown_table, seconds
 from gmmamba.data import LabelledBag, to_device
 from gmmamba.models.bag import Bag
-from gmmamba.models.gmmamba import GMMamba
+from gmmamba.models.gmmamba import PUBLISHED, GMMamba
 from gmmamba.prediction import make_repeatable
 from gmmamba.training import TrainingSettings, train_epoch
 
@@ -48,7 +48,7 @@ def synthetic_slide(N: int, number: int) -> LabelledBag:
 def epoch(backend: str, precision: str, bags: list[LabelledBag], device: torch.device) -> list[str]:
     """The cells of a row: largest difference of logits over their largest magnitude; speed and shares of an epoch."""
     torch.manual_seed(0)
-    model = GMMamba(WIDTH, 2, scan=backend).to(device)
+    model = GMMamba(WIDTH, 2, scan=backend, **PUBLISHED).to(device)
     exact, logits = (autocast_logits(model, to_device(bags[0].bag, device), p) for p in ("fp32", precision))
     difference = ((logits - exact).abs().max() / exact.abs().max()).item()
 

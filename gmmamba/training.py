@@ -61,23 +61,29 @@ class TrainingSettings:
 class BestEpoch:
     """Which epoch is kept, and when to stop. Epochs count from 1.
 
-    epoch, score: the kept one so far; epoch is 0 before any was eligible.
+    epoch, score, loss: the kept one's; epoch is 0 before any was eligible. first: the earliest of that score, from
+    which patience counts.
     """
 
     def __init__(self, select_after: int, patience: int, min_epochs: int) -> None:
         self.select_after, self.patience, self.min_epochs = select_after, patience, min_epochs
-        self.epoch, self.score = 0, -np.inf
+        self.epoch, self.score, self.loss, self.first = 0, -np.inf, np.inf, 0
 
-    def update(self, epoch: int, score: float) -> bool:
-        """Take in the validation score of `epoch`; True where it is the best so far (of equals the first is)."""
-        better = epoch > self.select_after and score > self.score
-        if better:
-            self.epoch, self.score = epoch, score
-        return better
+    def update(self, epoch: int, score: float, loss: float) -> bool:
+        """Take in the validation score and loss of `epoch`; True where it is the best so far.
+
+        Of equal scores, the usual case where few slides validate, the one of lower loss is better.
+        """
+        if epoch <= self.select_after or (score, -loss) <= (self.score, -self.loss):
+            return False
+        if score > self.score:
+            self.first = epoch
+        self.epoch, self.score, self.loss = epoch, score, loss
+        return True
 
     def should_stop(self, epoch: int) -> bool:
         """Whether training ends after `epoch`."""
-        return epoch > self.min_epochs and epoch - max(self.epoch, self.select_after) >= self.patience
+        return epoch > self.min_epochs and epoch - max(self.first, self.select_after) >= self.patience
 
 
 def train(
@@ -139,7 +145,9 @@ def fit(
     device: torch.device,
 ) -> tuple[pd.DataFrame, BestEpoch, dict[str, Tensor]]:
     """Train `model` in place; returns the history, the kept epoch and its weights (on the CPU)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
+    )
     best = BestEpoch(settings.select_after, settings.patience, settings.min_epochs)
     kept: dict[str, Tensor] = {}
     true = np.array([item.label for item in validation])
@@ -162,7 +170,7 @@ def fit(
             | {"val_score": score}
         )
         progress.set_postfix(loss=f"{train_loss:.3f}", val=f"{score:.3f}")
-        if best.update(epoch, score):
+        if best.update(epoch, score, val_loss):
             kept = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
         if best.should_stop(epoch):
             break

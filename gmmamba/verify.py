@@ -30,7 +30,7 @@ from gmmamba.grouping import group_coords
 from gmmamba.models.abmil import ABMIL
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.bimamba import BiMamba
-from gmmamba.models.gmmamba import GMMamba
+from gmmamba.models.gmmamba import PUBLISHED, GMMamba
 
 PRECISIONS = {"fp32": torch.float32, "fp64": torch.float64}
 Array = NDArray[Any]
@@ -129,7 +129,7 @@ def replay_gmmamba(folder: Path, name: str, case: Mapping[str, Any], scan: str) 
     labels = group_coords(inputs["coords"], "location", case["groups"])
     yield Check("kmeans", "", float((labels != inputs["kmeans_labels"]).sum()), 0)
 
-    options = {key: case[key] for key in ("n_classes", "mask_ratio", "num_layers")}
+    options = PUBLISHED | {key: case[key] for key in ("n_classes", "mask_ratio", "num_layers")}
     model = GMMamba(inputs["features"].shape[1], width=case["dim"], scan=scan, **options).eval()
     shipped = folder / f"{name}_weights.safetensors"
     weights = load_file(shipped) if shipped.exists() or case["weights"] != "rule" else {}

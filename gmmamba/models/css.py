@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from gmmamba.models import known
 
 VARIANTS = ("cmax", "cmax_q", "cca", "cca_q", "cmha", "cmha_q", "css")
+AFFINITIES = ("published", "scaled")
 
 
 class CSS(nn.Module):
@@ -17,11 +18,16 @@ class CSS(nn.Module):
 
     The variants of the poster's table: cmax is m, cca is c, cmha is r, each broadcast to all groups, or times Q
     (`…_q`); css is F.
+
+    The affinity X m^T of rows that a LayerNorm made is in the hundreds, so the published Q is one-hot from the first
+    step: c is one group, the others are lost, and a saturated softmax has no gradient. Affinity "scaled" is X m^T / D,
+    for such rows about the cosine between a group and m, of which Q makes a mean with learnable weights.
     """
 
-    def __init__(self, width: int, variant: str = "css"):
+    def __init__(self, width: int, variant: str = "css", affinity: str = "published"):
         super().__init__()
         self.variant = known("css variant", variant, VARIANTS)
+        self.scale = 1.0 if known("affinity", affinity, AFFINITIES) == "published" else 1 / width
         needs_attention = variant.startswith("cmha") or variant == "css"
         self.stoken_refine = nn.MultiheadAttention(width, 8, bias=False, batch_first=True) if needs_attention else None
 
@@ -33,7 +39,7 @@ class CSS(nn.Module):
         over heads), for F the mean of the last two.
         """
         m, winner = X.max(0, keepdim=True)  # (1, D)
-        Q = (X @ m.T).softmax(0)  # (G, 1), not scaled: as published
+        Q = (self.scale * X @ m.T).softmax(0)  # (G, 1)
         c = Q.T @ X  # (1, D)
         details = {"max_super": m, "affinity": Q, "cross_super": c}
         if self.variant.startswith("cmax"):

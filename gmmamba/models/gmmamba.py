@@ -5,25 +5,43 @@ Shapes: N instances, G groups, M instances that the mask kept, D width, C classe
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from gmmamba.models import known
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.css import CSS
 from gmmamba.models.imm import IMM
 
+PUBLISHED: dict[str, Any] = {
+    "mask": "published",
+    "init": "published",
+    "affinity": "published",
+    "token": "published",
+    "instance_dropout": 0.0,
+}
+"""What makes GMMamba the published one, to the last digit; its defaults otherwise are those that learn surely."""
+TOKENS = ("published", "max")
+
 
 class GMMamba(nn.Module):
-    """The whole model, with the published sizes and names of parameters; the defaults are the published ones.
+    """The whole model, with the published sizes and names of parameters. GMMamba(…, **PUBLISHED) is the published one.
 
     Args:
         in_dim: width of the features; another than `width` enters through Lin + GELU + Dropout(0.25).
         width: D of the model. The classifier's attention keeps 8 heads of 64 for every width.
         d_state: S of the selective scan.
-        mask: "published", or None to drop nothing.
+        mask: one of imm.MASKS, or None to drop nothing.
         mask_ratio: M_r, the share of each group's instances that the mask drops.
         pooling: "attention", or "max" for one BiMamba and max-pooling in each group (BMP, LG-BMP).
         css: one of css.VARIANTS, or None: the classifier sees the group features.
+        affinity: between groups and max super-feature in CSS, "published" or "scaled" (css.py says why).
+        token: "published", a learned class token of N(0, 1); "max", one of N(0, 0.02²) to which the max super-feature
+            is added, so that the strongest group has a short way to the logits.
+        instance_dropout: share of the instances that a training step leaves out at random.
         num_layers: attention layers of the classifier.
         dropout: of the classifier's attention weights and output projection.
         init: "published", or "mamba": the mixers keep Mamba's own initialisation.
@@ -39,19 +57,25 @@ class GMMamba(nn.Module):
         n_classes: int,
         width: int = 512,
         d_state: int = 16,
-        mask: str | None = "published",
+        mask: str | None = None,
         mask_ratio: float = 0.3,
         pooling: str = "attention",
         css: str | None = "css",
+        affinity: str = "scaled",
+        token: str = "max",
+        instance_dropout: float = 0.5,
         num_layers: int = 1,
         dropout: float = 0.1,
-        init: str = "published",
+        init: str = "mamba",
         scan: str = "auto",
     ):
         super().__init__()
         self.imm = IMM(in_dim, width, d_state, mask, mask_ratio, pooling, init, scan)
-        self.css = None if css is None else CSS(width, css)
-        self.cls = TokenClassifier(width, n_classes, num_layers, dropout)
+        self.css = None if css is None else CSS(width, css, affinity)
+        self.cls = TokenClassifier(width, n_classes, num_layers, dropout, token)
+        if not 0 <= instance_dropout < 1:
+            raise ValueError(f"instance_dropout is {instance_dropout}: give a share, 0 <= instance_dropout < 1")
+        self.instance_dropout = instance_dropout
 
     def forward(self, bag: Bag) -> MILOutput:
         """Any N >= 1 and any labels; a group is what shares a label, groups in label order, instances in bag order.
@@ -64,14 +88,17 @@ class GMMamba(nn.Module):
         labels = torch.zeros(len(bag.features), dtype=torch.long) if bag.groups is None else bag.groups
         labels = labels.to(bag.features.device)
         order = labels.argsort(stable=True)
-        _, sizes = labels.unique(return_counts=True)
+        if self.training and self.instance_dropout:
+            n = math.ceil(len(order) * (1 - self.instance_dropout))
+            order = order[torch.randperm(len(order), device=order.device)[:n].sort().values]
+        _, sizes = labels[order].unique(return_counts=True)
         features, details = self.imm(bag.features.index_select(0, order), sizes)
         details |= {"order": order, "group_sizes": sizes, "group_features": features}
-        importance = None
+        strongest, importance = features.max(0, keepdim=True).values, None
         if self.css is not None:
             features, importance, steps = self.css(features)
             details |= steps
-        logits, token_attention = self.cls(features)
+        logits, token_attention = self.cls(features, strongest)
         importance = token_attention if importance is None else importance
         keep = details["keep"]
         with torch.no_grad():
@@ -82,20 +109,23 @@ class GMMamba(nn.Module):
 
 
 class TokenClassifier(nn.Module):
-    """A learned class token before the rows, `num_layers` of x + Attention(x), logits of the token (section 5)."""
+    """A class token before the rows, `num_layers` of x + Attention(x), logits of the token (section 5)."""
 
-    def __init__(self, width: int, n_classes: int, num_layers: int, dropout: float):
+    def __init__(self, width: int, n_classes: int, num_layers: int, dropout: float, token: str):
         super().__init__()
-        self.cls_token = nn.Parameter(torch.randn(1, 1, width))
+        self.from_max = known("token", token, TOKENS) == "max"
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * (0.02 if self.from_max else 1.0))
         # The nesting only spells the published names: GroupsSuper_Layer.0.AttenLayer.attn.to_qkv.weight
         self.GroupsSuper_Layer = nn.ModuleList(
             nn.ModuleDict({"AttenLayer": nn.ModuleDict({"attn": Attention(width, dropout)})}) for _ in range(num_layers)
         )
         self.fc2 = nn.Linear(width, n_classes)
 
-    def forward(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(G, D) to logits (1, C) and the last layer's attention of the token to each row (G,), summing to 1."""
-        x = torch.cat([self.cls_token[0], rows])  # (1 + G, D)
+    def forward(self, rows: Tensor, strongest: Tensor) -> tuple[Tensor, Tensor]:
+        """(G, D) and the maximum over group features (1, D) to logits (1, C) and the last layer's attention of the
+        token to each row (G,), summing to 1."""
+        token = self.cls_token[0] + strongest if self.from_max else self.cls_token[0]
+        x = torch.cat([token, rows])  # (1 + G, D)
         for layer in self.GroupsSuper_Layer:
             out, weights = layer["AttenLayer"]["attn"](x)  # type: ignore[index]
             x = x + out

@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gmmamba.models import known
 from gmmamba.models.bimamba import BiMamba
 
-MASKS = ("published",)
+MASKS = ("published", "straight_through", "gated", "adaptive")
 POOLINGS = ("attention", "max")
 INITS = ("published", "mamba")
 ROWS = 16384  # instances that go through a mixer together, unless a group has more
@@ -22,7 +23,19 @@ ROWS = 16384  # instances that go through a mixer together, unless a group has m
 class IMM(nn.Module):
     """h1 = x + BiMamba1(LN x); drop the instances of lowest score; h2 = h1 + BiMamba2(LN h1); attention pooling.
 
-    With mask None nothing is dropped. With pooling "max" there is one BiMamba and no mask, and a group's feature
+    Which instances are dropped is `mask`. They are those of the lowest score s of a head, p = softmax of s over the
+    group; with a hard choice alone, as published, no gradient reaches that head, and it stays the random projection it
+    began as. The others add to each score a of the attention pooling a term that teaches the head (ours):
+
+        published         drop the max(1, floor(M_r n)) of lowest p
+        straight_through  the same, and a + s - stop(s): same values, and s learns what the pooling wants of a
+        gated             the same, and a + log sigmoid(s): the head's gate weighs what is kept (as in gPool, Gao and
+                          Ji, ICML 2019)
+        adaptive          as straight_through, but drop those of lowest p that together hold M_r of the group's p:
+                          many where the head is sure, M_r n where it knows nothing
+        None              drop nothing
+
+    With pooling "max" there is one BiMamba and no mask, and a group's feature
     is the maximum over its LN h1 (the poster's BMP and LG-BMP).
 
     `_fc1` projects features of another width; it exists but is not used where in_dim == width, as published.
@@ -47,7 +60,7 @@ class IMM(nn.Module):
         if not 0 <= mask_ratio < 1:
             raise ValueError(f"mask_ratio is {mask_ratio}: give a share of the instances, 0 <= mask_ratio < 1")
         self.project = in_dim != width
-        self.mask_ratio = mask_ratio
+        self.mask, self.mask_ratio = mask, mask_ratio
         self._fc1 = nn.Sequential(nn.Linear(in_dim, width), nn.GELU(), nn.Dropout(0.25))
         self.norm = nn.LayerNorm(width)
         self.BiMamba1 = nn.ModuleList([nn.LayerNorm(width), BiMamba(width, d_state, scan=scan)])
@@ -80,16 +93,24 @@ class IMM(nn.Module):
             features, attention = max_pool(h, sizes)
             return features, details | {"ins_attn": attention}
 
-        kept = h1
+        kept, taught = h1, None
         if self.mask_attention is not None:
             logits = self.mask_attention(h).squeeze(1)
-            scores = logits.where(members, -torch.inf).softmax(1).sum(0)
-            keep = keep_highest(logits, group, sizes, self.mask_ratio)
+            p = logits.where(members, -torch.inf).softmax(1).sum(0)
+            if self.mask == "adaptive":
+                keep = keep_mass(p.detach(), group, sizes, self.mask_ratio)
+            else:
+                keep = keep_highest(logits.detach(), group, sizes, self.mask_ratio)
+            if self.mask == "gated":
+                taught = F.logsigmoid(logits[keep])
+            elif self.mask != "published":
+                taught = (logits - logits.detach())[keep]
             kept, members = h1[keep], members[:, keep]
-            details |= {"keep": keep, "mask_logits": logits, "mask_scores": scores}
+            details |= {"keep": keep, "mask_logits": logits, "mask_scores": p}
         h2 = residual(self.BiMamba2, kept, members.sum(1))
         h = self.norm(h2)
         scores = self.group_ins_attention(h).squeeze(1)
+        scores = scores if taught is None else scores + taught
         attention = scores.where(members, -torch.inf).softmax(1)  # (G, M), zero outside the group
         details |= {"h2": h2, "ins_attn": attention.sum(0)}
         return attention @ h, details
@@ -132,15 +153,31 @@ def keep_highest(scores: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float
     """(N,) bool: false for the max(1, floor(M_r n)) instances of lowest score of each group of n.
 
     As published, at least one instance goes even for M_r = 0; unlike published, the last one of a group stays.
-    Hard: no gradient reaches `scores`.
     """
+    order, rank = ascending(scores, group, sizes)
     dropped = (sizes.double() * mask_ratio).long().clamp(min=1).minimum(sizes - 1)
-    by_score = scores.argsort(stable=True)
-    order = by_score[group[by_score].argsort(stable=True)]  # group after group, lowest score first
-    rank = torch.arange(len(scores), device=scores.device) - (sizes.cumsum(0) - sizes)[group]
     keep = torch.empty_like(group, dtype=torch.bool)
     keep[order] = rank >= dropped[group]
     return keep
+
+
+def keep_mass(p: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float) -> Tensor:
+    """(N,) bool: false for the instances of lowest p that hold at most M_r of their group's sum of p, which is 1.
+
+    Never false for a group's highest.
+    """
+    order, rank = ascending(p, group, sizes)
+    mass = p[order].double().cumsum(0) - group  # group g begins at a sum of g
+    keep = torch.empty_like(group, dtype=torch.bool)
+    keep[order] = (mass > mask_ratio + 1e-6) | (rank == sizes[group] - 1)
+    return keep
+
+
+def ascending(scores: Tensor, group: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
+    """(N,) the instances group after group, lowest score first, and at each place the rank inside the group."""
+    by_score = scores.argsort(stable=True)
+    order = by_score[group[by_score].argsort(stable=True)]
+    return order, torch.arange(len(scores), device=scores.device) - (sizes.cumsum(0) - sizes)[group]
 
 
 def max_pool(h: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,11 +60,12 @@ def selective_scan(
     scan = find_backend(backend, u.device.type)
     state_dtype = torch.promote_types(u.dtype, torch.float32)
     with torch.autocast(u.device.type, enabled=False):
-        inputs = (u, dt, A, B, C)
+        given = u.dtype
         if u.device.type == "cpu":  # kernels on the GPU read low precision as it is: half the traffic
-            inputs = tuple(x.to(state_dtype) for x in inputs)
-        y = scan(*inputs, sizes.tolist(), list(reverse))
-        return torch.addcmul(y.to(state_dtype), D.to(state_dtype).unsqueeze(1), u.to(state_dtype)).to(u.dtype)
+            u, dt, A, B, C = (x.to(state_dtype) for x in (u, dt, A, B, C))
+        y = scan(u, dt, A, B, C, sizes.tolist(), list(reverse))
+        D, u, y = (x.to(state_dtype) for x in (D, u, y))
+        return torch.addcmul(y, D.unsqueeze(1), u).to(given)
 
 
 @cache

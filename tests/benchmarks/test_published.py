@@ -6,7 +6,7 @@ import torch
 from benchmarks.published import SCANS, PublishedLoop
 from gmmamba.grouping import group_coords
 from gmmamba.models.bag import Bag
-from gmmamba.models.gmmamba import GMMamba
+from gmmamba.models.gmmamba import PUBLISHED, GMMamba
 
 
 def bag_of(N: int, in_dim: int, G: int) -> Bag:
@@ -23,7 +23,7 @@ def test_the_published_loop_gives_the_logits_and_gradients_of_ours(
     scan: str, N: int, G: int, in_dim: int, mask_ratio: float
 ) -> None:
     torch.manual_seed(0)
-    model = GMMamba(in_dim, 3, width=32, mask_ratio=mask_ratio).double().eval()
+    model = GMMamba(in_dim, 3, width=32, mask_ratio=mask_ratio, **PUBLISHED).double().eval()
     bag, weights = bag_of(N, in_dim, G), torch.tensor([[1.0, -2.0, 3.0]], dtype=torch.float64)
     inputs = [bag.features, *model.parameters()]
 
@@ -45,7 +45,7 @@ def test_the_published_loop_gives_the_logits_and_gradients_of_ours(
 
 def test_both_scans_agree_with_each_other_bit_for_bit() -> None:
     torch.manual_seed(0)
-    model, bag = GMMamba(16, 2, width=16).eval(), bag_of(30, 16, 2)
+    model, bag = GMMamba(16, 2, width=16, **PUBLISHED).eval(), bag_of(30, 16, 2)
     bag.features = bag.features.detach().float()
     reference, unbound = (PublishedLoop(model, 2, scan)(bag).logits for scan in SCANS)
     assert torch.equal(reference, unbound)

@@ -17,10 +17,10 @@ from slidestore import StoreError, open_store, write_store
 from tests.gmmamba.synthetic import CLASSES, ENCODER, attributes_of, experiment, make_dataset
 
 
-def follow(best: BestEpoch, scores: list[float]) -> int:
+def follow(best: BestEpoch, scores: list[float], losses: list[float] | None = None) -> int:
     """The epoch after which training stops."""
     for epoch, score in enumerate(scores, start=1):
-        best.update(epoch, score)
+        best.update(epoch, score, losses[epoch - 1] if losses else 1.0)
         if best.should_stop(epoch):
             return epoch
     return len(scores)
@@ -47,6 +47,10 @@ def test_the_published_protocol_keeps_and_stops_where_it_should() -> None:
     best = BestEpoch(5, 20, 50)
     follow(best, [1.0] * 6)
     assert best.epoch == 6  # the first epoch that may be kept
+
+    best = BestEpoch(5, 20, 50)
+    assert follow(best, [1.0] * 100, list(np.linspace(1, 0, 100))) == 51  # a falling loss does not prolong training
+    assert best.epoch == 51  # but decides between equal scores
 
 
 def test_settings_that_could_keep_no_epoch_are_refused() -> None:
