@@ -59,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     add_run(sub)
     sub.add_argument("--experiment", type=json.loads, required=True)
     sub.add_argument("--output", type=Path, required=True, help="folder for the model and its history")
+    sub.add_argument("--cache-mb", type=int, default=2000, help="features that stay in memory between epochs, in MB")
 
     sub = command("predict-fold", predict_fold, "predict the validation and test slides of one fold")
     add_run(sub)
@@ -86,6 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("verify", verify, "replay reference cases and compare every quantity")
     sub.add_argument("folder", type=Path)
+    sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
+    sub.add_argument("--device", default="cpu")
 
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
@@ -204,7 +207,7 @@ def train(options: argparse.Namespace) -> None:
 
     run(
         options.experiment, options.fold, options.seed, options.splits, dict(options.slide_table),
-        dict(options.groups) or None, options.output, options.threads,
+        dict(options.groups) or None, options.output, options.threads, options.cache_mb,
     )  # fmt: skip
 
 
@@ -242,7 +245,7 @@ def summary(options: argparse.Namespace) -> None:
 def verify(options: argparse.Namespace) -> int:
     from gmmamba.verify import verify as run
 
-    return 0 if run(options.folder) else 1
+    return 0 if run(options.folder, options.scan, options.device) else 1
 
 
 if __name__ == "__main__":

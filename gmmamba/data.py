@@ -1,11 +1,12 @@
-"""The bags of one part of one fold, in memory.
+"""The bags of one part of one fold.
 
 Reads splits.csv, the slide tables, the slide stores that they name, and the groups of the cohorts. Writes nothing.
-Features stay in memory as they are stored (float16, half the memory); `to_device` casts them where they are used.
+`load_bags` reads everything but the features, which `BagReader` reads when their slide is next.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ import torch
 
 from gmmamba.models.bag import Bag
 from gmmamba.splits import read_slide_tables
-from slidestore import StoreError, open_store
+from slidestore import SlideStore, StoreError, open_store
 from slidestore.groups import SlideGroups, read_groups
 
 
@@ -25,14 +26,18 @@ class DataError(StoreError):
 
 @dataclass(frozen=True)
 class LabelledBag:
-    """A slide of a dataset. `label` is the index into the classes; bag.features are float16."""
+    """A slide of a dataset. `label` is the index into the classes, `groups` (N,) int64 or None."""
 
     slide_id: str
     patient_id: str
     cohort: str
-    bag: Bag
     label: int
-    encoder_weights_sha256: str
+    store: SlideStore
+    groups: torch.Tensor | None
+
+    def read(self) -> Bag:
+        """The slide's bag, read from its store; features are float16, as stored."""
+        return Bag(torch.from_numpy(self.store.read_features()), torch.from_numpy(self.store.coords), self.groups)
 
 
 def load_bags(
@@ -66,9 +71,7 @@ def load_bags(
         slide_id, cohort = row["slide_id"], row["cohort"]
         store = open_store(Path(stores[cohort, slide_id]), encoder)
         labels = _labels_of(slide_id, store.coords, *grouped[cohort]) if grouped else None
-        bag = Bag(torch.from_numpy(store.features), torch.from_numpy(store.coords), labels)
-        sha = store.attributes.encoder_weights_sha256
-        bags.append(LabelledBag(slide_id, row["patient_id"], cohort, bag, classes.index(row["label"]), sha or ""))
+        bags.append(LabelledBag(slide_id, row["patient_id"], cohort, classes.index(row["label"]), store, labels))
     return bags
 
 
@@ -85,17 +88,44 @@ def _labels_of(slide_id: str, coords: np.ndarray, path: Path, grouped: Mapping[s
 
 def encoder_weights(bags: Sequence[LabelledBag]) -> str:
     """The sha256 of the encoder's weights, which all bags must share."""
-    first = bags[0]
-    for bag in bags:
-        if bag.encoder_weights_sha256 != first.encoder_weights_sha256:
+    shas = [bag.store.attributes.encoder_weights_sha256 or "" for bag in bags]
+    for bag, sha in zip(bags, shas, strict=True):
+        if sha != shas[0]:
             raise DataError(
-                f"slides {first.slide_id} and {bag.slide_id} were encoded with different weights "
-                f"({first.encoder_weights_sha256[:12]}, {bag.encoder_weights_sha256[:12]}): encode them anew"
+                f"slides {bags[0].slide_id} and {bag.slide_id} were encoded with different weights "
+                f"({shas[0][:12]}, {sha[:12]}): encode them anew"
             )
-    return first.encoder_weights_sha256
+    return shas[0]
 
 
-def to_device(bag: Bag, device: torch.device) -> Bag:
-    """The bag on `device`, its features (N, D) as float32; float16 is what travels."""
-    moved = bag.to(device)
-    return replace(moved, features=moved.features.float())
+class BagReader:
+    """Bags on a device. Each slide is read once and kept in memory, in float16, while what is kept fits `budget` bytes;
+    beyond that, slides are read at every use. A thread prepares the next bag while the model works on this one."""
+
+    def __init__(self, device: torch.device, budget: int):
+        self.device, self.left = device, budget
+        self.kept: dict[tuple[str, str], Bag] = {}
+
+    def stream(self, slides: Sequence[LabelledBag]) -> Iterator[tuple[LabelledBag, Bag]]:
+        """Each slide with its bag on the device, features (N, D) float32."""
+        with ThreadPoolExecutor(1) as thread:
+            coming = [thread.submit(self.prepare, slide) for slide in slides[:1]]
+            for slide, following in zip(slides, [*slides[1:], None], strict=True):
+                bag = coming.pop().result()
+                if following is not None:
+                    coming.append(thread.submit(self.prepare, following))
+                yield slide, bag
+
+    def prepare(self, slide: LabelledBag) -> Bag:
+        key = slide.cohort, slide.slide_id
+        bag = self.kept.get(key)
+        if bag is None:
+            bag = slide.read()
+            if self.device.type == "cuda":
+                bag.features = bag.features.pin_memory()  # copied while the GPU computes
+            if bag.features.nbytes <= self.left:
+                self.left -= bag.features.nbytes
+                self.kept[key] = bag
+        moved = bag.to(self.device)
+        moved.features = moved.features.float()
+        return moved

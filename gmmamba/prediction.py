@@ -8,7 +8,7 @@ for models without attention). Attention and probabilities come from the same fo
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gmmamba.data import DataError, LabelledBag, encoder_weights, load_bags, to_device
+from gmmamba.data import BagReader, DataError, LabelledBag, encoder_weights, load_bags
 from gmmamba.models import create_model
 from slidestore.atomic import replace_when_whole
 
@@ -48,13 +48,13 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.no_grad()
 def predict_bags(
-    model: nn.Module, bags: Iterable[LabelledBag], device: torch.device
+    model: nn.Module, slides: Sequence[LabelledBag], reader: BagReader
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The logits (S, C) float32 on the CPU, and the attention (N,) of each bag, on its own device."""
+    """The logits (S, C) float32 on the CPU, and the attention (N,) of each slide, on the model's device."""
     model.eval()
     logits, attentions = [], []
-    for item in bags:
-        output = model(to_device(item.bag, device))
+    for _, bag in reader.stream(slides):
+        output = model(bag)
         logits.append(output.logits.float())
         attentions.append(output.attention)
     return torch.cat(logits).cpu(), attentions
@@ -88,7 +88,7 @@ def predict(
     for part in ("val", "test"):
         bags = load_bags(splits, fold, part, slide_tables, groups, encoder, classes)
         check_belongs(card, bags, model_dir)
-        logits, attentions = predict_bags(model, bags, device)
+        logits, attentions = predict_bags(model, bags, BagReader(device, budget=0))
         tables.append(_table(bags, logits, classes).assign(fold=fold, seed=seed, part=part))
         if part == "test":
             maps = {

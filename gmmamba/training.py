@@ -9,7 +9,7 @@ order of the slides on seed and fold.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from gmmamba import __version__
-from gmmamba.data import LabelledBag, encoder_weights, load_bags, to_device
+from gmmamba.data import BagReader, LabelledBag, encoder_weights, load_bags
 from gmmamba.metrics import classification_metrics, selection_score
 from gmmamba.models import create_model
 from gmmamba.prediction import choose_device, make_repeatable, predict_bags
@@ -95,10 +95,12 @@ def train(
     groups: Mapping[str, Path] | None,
     output_dir: Path,
     threads: int,
+    cache_mb: int = 2000,
 ) -> None:
     """Train `experiment` (name, method, model, grouping, training, encoder, classes) and write the run's folder.
 
-    slide_tables, groups: cohort -> file. Raises ValueError for impossible settings, DataError and StoreError for
+    slide_tables, groups: cohort -> file. Up to `cache_mb` MB of features stay in memory between epochs. Raises
+    ValueError for impossible settings, DataError and StoreError for
     inputs that do not belong together, FloatingPointError when the loss stops being finite.
     """
     settings = from_dict(TrainingSettings, experiment["training"], f"experiment {experiment['name']}, training")
@@ -108,10 +110,11 @@ def train(
     training = load_bags(splits, fold, "train", slide_tables, groups, encoder, classes)
     validation = load_bags(splits, fold, "val", slide_tables, groups, encoder, classes)
     weights_sha256 = encoder_weights(training + validation)
-    in_dim = training[0].bag.features.shape[1]
+    in_dim = training[0].store.shape[1]
 
     model = create_model(experiment["method"], in_dim, len(classes), **experiment["model"]).to(device)
-    history, best, kept = fit(model, training, validation, settings, np.random.default_rng([seed, fold]), device)
+    reader = BagReader(device, budget=cache_mb * 1_000_000)
+    history, best, kept = fit(model, training, validation, settings, np.random.default_rng([seed, fold]), reader)
 
     with replace_when_whole(output_dir / "history.csv") as part:
         history.to_csv(part, index=False)
@@ -142,7 +145,7 @@ def fit(
     validation: list[LabelledBag],
     settings: TrainingSettings,
     rng: np.random.Generator,
-    device: torch.device,
+    reader: BagReader,
 ) -> tuple[pd.DataFrame, BestEpoch, dict[str, Tensor]]:
     """Train `model` in place; returns the history, the kept epoch and its weights (on the CPU)."""
     optimizer = torch.optim.AdamW(
@@ -154,13 +157,15 @@ def fit(
     rows: list[dict[str, float]] = []
     progress = tqdm(range(1, settings.epochs + 1), desc="epochs", disable=None)  # None: quiet without a terminal
     for epoch in progress:
-        train_loss = train_epoch(model, training, optimizer, rng.permutation(len(training)), settings, device)
+        train_loss = train_epoch(
+            model, [training[i] for i in rng.permutation(len(training))], optimizer, settings, reader
+        )
         if not np.isfinite(train_loss):
             raise FloatingPointError(
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.learning_rate "
                 f"({settings.learning_rate}), or use precision fp32"
             )
-        logits, _ = predict_bags(model, validation, device)
+        logits, _ = predict_bags(model, validation, reader)
         val_loss = cross_entropy(logits, torch.from_numpy(true)).item()
         metrics = classification_metrics(true, logits.double().softmax(dim=1).numpy())
         score = selection_score(metrics, logits.shape[1])
@@ -179,25 +184,23 @@ def fit(
 
 def train_epoch(
     model: nn.Module,
-    training: list[LabelledBag],
+    slides: Sequence[LabelledBag],
     optimizer: torch.optim.Optimizer,
-    order: np.ndarray,
     settings: TrainingSettings,
-    device: torch.device,
+    reader: BagReader,
 ) -> float:
-    """One pass over the slides in `order`, a step each; returns the mean loss."""
+    """One pass over the slides in their order, a step each; returns the mean loss."""
     model.train()
-    total = torch.zeros((), device=device)  # stays on the device: reading a loss a step would stall a GPU
-    for index in order:
-        item = training[index]
-        with _autocast(settings, device):
-            logits = model(to_device(item.bag, device)).logits
-        loss = cross_entropy(logits.float(), torch.tensor([item.label], device=device))
+    total = torch.zeros((), device=reader.device)  # stays on the device: reading a loss a step would stall a GPU
+    for slide, bag in reader.stream(slides):
+        with _autocast(settings, reader.device):
+            logits = model(bag).logits
+        loss = cross_entropy(logits.float(), torch.tensor([slide.label], device=reader.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         total += loss.detach()
-    return total.item() / len(order)
+    return total.item() / len(slides)
 
 
 def _autocast(settings: TrainingSettings, device: torch.device) -> AbstractContextManager[None]:

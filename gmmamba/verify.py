@@ -56,11 +56,17 @@ class Check:
 Checks = Iterator[Check]
 
 
-def verify(folder: Path, scan: str = "auto") -> bool:
+def precisions(scan: str) -> list[tuple[str, torch.dtype]]:
+    """Those in which the scan can be compared: the official kernels have no float64."""
+    return [(name, dtype) for name, dtype in PRECISIONS.items() if name == "fp32" or scan != "mamba_ssm"]
+
+
+def verify(folder: Path, scan: str = "auto", device: str = "cpu") -> bool:
     """Replay every case below `folder` and print one line each; False if any quantity is out of tolerance.
 
     Methods that are not built are listed as "not implemented" and do not fail. FileNotFoundError for a folder
-    without cases. `scan` is the backend of the selective scan.
+    without cases. `scan` is the backend of the selective scan; `device` is where GMMamba runs, baselines are replayed
+    on the CPU.
     """
     manifests, indices = (sorted(Path(folder).rglob(name)) for name in ("manifest.json", "index.json"))
     if not manifests and not indices:
@@ -72,7 +78,7 @@ def verify(folder: Path, scan: str = "auto") -> bool:
             if not isinstance(case, dict) or not {"d_model", "mask_ratio"} & set(case):
                 raise ValueError(f"{manifest} is no manifest of reference cases: {name!r} has no d_model or mask_ratio")
             replay = replay_bimamba if "d_model" in case else replay_gmmamba
-            passed.append(report(name, replay(manifest.parent, name, case, scan)))
+            passed.append(report(name, replay(manifest.parent, name, case, scan, device)))
     for index in indices:
         content = json.loads(index.read_text())
         method, cases = content["method"], content["cases"]
@@ -109,7 +115,7 @@ def relative_error(value: Tensor | Array | None, reference: Array, scale: float 
     A reference that is zero but for rounding, below 1e-12 of `scale`, is measured against `scale` instead.
     """
     if isinstance(value, Tensor):
-        value = value.detach().numpy()
+        value = value.detach().cpu().numpy()
     if value is None or value.shape != reference.shape:
         return math.inf
     difference = np.abs(value.astype(np.float64) - reference).max(initial=0.0)
@@ -123,7 +129,7 @@ def relative_error(value: Tensor | Array | None, reference: Array, scale: float 
 # --- GMMamba -----------------------------------------------------------------------------------------------------
 
 
-def replay_gmmamba(folder: Path, name: str, case: Mapping[str, Any], scan: str) -> Checks:
+def replay_gmmamba(folder: Path, name: str, case: Mapping[str, Any], scan: str, device: str) -> Checks:
     """One whole model: groups, weights, every intermediate quantity, loss, gradients (GMMAMBA.md, section 9)."""
     inputs, reference = (dict(np.load(folder / f"{name}_{part}.npz")) for part in ("inputs", "outputs"))
     labels = group_coords(inputs["coords"], "location", case["groups"])
@@ -140,14 +146,14 @@ def replay_gmmamba(folder: Path, name: str, case: Mapping[str, Any], scan: str) 
         weights = rule
     model.load_state_dict(weights)
 
-    for precision, dtype in PRECISIONS.items():
+    for precision, dtype in precisions(scan):
         if precision == "fp32" and not case.get("keep_same_fp32_fp64", True):
             continue  # rounding chose other instances there: nothing behind the mask is comparable
-        model.to(dtype).zero_grad()
-        features = torch.tensor(inputs["features"], dtype=dtype, requires_grad=True)
+        model.to(device, dtype).zero_grad()
+        features = torch.tensor(inputs["features"], dtype=dtype, device=device, requires_grad=True)
         groups = torch.tensor(inputs["kmeans_labels"], dtype=torch.long)
         output = model(Bag(features, torch.tensor(inputs["coords"]), groups))
-        loss = F.cross_entropy(output.logits, torch.tensor([int(inputs["label"])]))
+        loss = F.cross_entropy(output.logits, torch.tensor([int(inputs["label"])], device=device))
         loss.backward()
         grads = {key: parameter.grad for key, parameter in model.named_parameters()} | {"features": features.grad}
         values = output.details | {"logits": output.logits, "probs": output.logits.softmax(1), "loss": loss}
@@ -209,7 +215,7 @@ def step_bias(rs: np.random.RandomState, shape: tuple[int, ...]) -> Array:
     return bias
 
 
-def replay_bimamba(folder: Path, name: str, case: Mapping[str, Any], scan: str) -> Checks:
+def replay_bimamba(folder: Path, name: str, case: Mapping[str, Any], scan: str, device: str) -> Checks:
     """One BiMamba on a batch of B sequences, which are B groups here; loss = sum(y * cotangent)."""
     reference = dict(np.load(folder / f"{name}.npz"))
     weights = load_file(folder / case["weights"])
@@ -217,11 +223,11 @@ def replay_bimamba(folder: Path, name: str, case: Mapping[str, Any], scan: str) 
     mixer = BiMamba(case["d_model"], d_state, d_conv, inner // case["d_model"], scan=scan)
     mixer.load_state_dict(weights)
     batch, length, width = reference["x"].shape
-    for precision, dtype in PRECISIONS.items():
-        mixer.to(dtype).zero_grad()
-        x = torch.tensor(reference["x"], dtype=dtype, requires_grad=True)
-        y = mixer(x.view(-1, width), torch.full((batch,), length)).view_as(x)
-        (y * torch.tensor(reference["cotangent"], dtype=dtype)).sum().backward()
+    for precision, dtype in precisions(scan):
+        mixer.to(device, dtype).zero_grad()
+        x = torch.tensor(reference["x"], dtype=dtype, device=device, requires_grad=True)
+        y = mixer(x.view(-1, width), torch.full((batch,), length, device=device)).view_as(x)
+        (y * torch.tensor(reference["cotangent"], dtype=dtype, device=device)).sum().backward()
         values = {"y": y, "dx": x.grad} | {f"grad/{key}": p.grad for key, p in mixer.named_parameters()}
         for key, array in reference.items():
             if key not in ("x", "cotangent"):

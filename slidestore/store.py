@@ -76,10 +76,11 @@ class SlideStore:
 
     @cached_property
     def features(self) -> np.ndarray:
-        """(N, D) float16, row i belongs to `coords[i]`; read at the first access, then kept.
+        """(N, D) float16, row i belongs to `coords[i]`; read at the first access, then kept."""
+        return self.read_features()
 
-        Raises StoreError when a value is not finite or the file is damaged.
-        """
+    def read_features(self) -> np.ndarray:
+        """`features`, read from the file each time. StoreError when a value is not finite or the file is damaged."""
         try:
             features = _open_group(self.path)["features"][:]
         except (zipfile.BadZipFile, OSError, ValueError, RuntimeError) as error:

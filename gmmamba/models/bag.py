@@ -24,8 +24,8 @@ class Bag:
 
     def to(self, device: torch.device | str) -> Bag:
         """The same slide on another device."""
-        groups = None if self.groups is None else self.groups.to(device)
-        return Bag(self.features.to(device), self.coords.to(device), groups)
+        groups = None if self.groups is None else self.groups.to(device, non_blocking=True)
+        return Bag(self.features.to(device, non_blocking=True), self.coords.to(device, non_blocking=True), groups)
 
 
 @dataclass

@@ -14,6 +14,8 @@ from gmmamba.config import ConfigError, Experiment, load_config
 from gmmamba.models import MODELS, create_model
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.css import VARIANTS
+from gmmamba.models.gmmamba import PUBLISHED
+from gmmamba.models.imm import MASKS
 from gmmamba.splits import SplitSettings
 from gmmamba.training import TrainingSettings
 from preprocessing.encoders import EncoderSettings
@@ -206,7 +208,7 @@ ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by att
     "without-masking": ("location-10", True, False, False),
     "with-imm": ("location-10", True, True, False),
     "with-css": ("location-10", True, False, True),
-    "gmmamba": ("location-10", True, True, True),
+    "published": ("location-10", True, True, True),
 }
 
 
@@ -249,5 +251,7 @@ def test_every_row_of_the_papers_tables_is_a_named_model(named: dict[str, Experi
     assert {e.grouping for e in ours} >= {
         "location-2", "location-5", "location-10", "location-20", "random-10", "sequential-10", "features-10",
     }  # fmt: skip
+    assert {e.model["mask"] for e in ours} == {None, *MASKS}
+    assert named["published"].model.items() >= PUBLISHED.items()
     different = {str(dataclasses.replace(experiment, name="")) for experiment in named.values()}
     assert len(different) == len(named)  # no two names for one model

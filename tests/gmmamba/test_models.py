@@ -2,6 +2,7 @@
 
 import itertools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -9,21 +10,25 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmmamba.models import MODELS, create_model
+from gmmamba.models import MODELS, create_model, imm
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.css import CSS, VARIANTS
-from gmmamba.models.imm import keep_highest
+from gmmamba.models.gmmamba import PUBLISHED
+from gmmamba.models.imm import MASKS, keep_highest, keep_mass
 
 IN_DIM, SMALL = 24, {"width": 32}
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "BMP": {"pooling": "max", "css": None},
-    "without masking": {"mask": None, "css": None},
-    "with IMM": {"css": None},
-    "with CSS": {"mask": None},
-    "all": {},
+    "default": {},
+    "published": PUBLISHED,
+    "BMP": PUBLISHED | {"pooling": "max", "css": None},
+    "without masking": PUBLISHED | {"mask": None, "css": None},
+    "with IMM": PUBLISHED | {"css": None},
+    "with CSS": PUBLISHED | {"mask": None},
     "two layers": {"num_layers": 2},
-    "mamba init": {"init": "mamba"},
-    "small mask": {"mask_ratio": 0.0},
+    "small mask": PUBLISHED | {"mask_ratio": 0.0},
+    "straight through": {"mask": "straight_through"},
+    "gated": {"mask": "gated"},
+    "adaptive": {"mask": "adaptive"},
 }
 VARIED = [("gmmamba", options) for options in ABLATIONS.values()] + [(m, {}) for m in MODELS if m != "gmmamba"]
 
@@ -59,8 +64,10 @@ def test_every_parameter_learns(method: str, options: dict[str, Any]) -> None:
     model = make(method, **options)
     F.cross_entropy(model(make_bag(40)).logits, torch.tensor([1])).backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    expected = {name for name, _ in model.named_parameters() if name.startswith("imm.mask_attention")}
-    assert without == expected  # the published mask is hard: its head keeps its initial weights
+    # The published mask is hard: its head keeps its initial weights.
+    hard = options.get("mask") == "published"
+    expected = {name for name, _ in model.named_parameters() if hard and name.startswith("imm.mask_attention")}
+    assert without == expected
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -90,7 +97,7 @@ def test_bfloat16_autocast_runs(method: str) -> None:
 
 
 def test_published_number_of_parameters() -> None:
-    model = create_model("gmmamba", 512, 2)
+    model = create_model("gmmamba", 512, 2, **PUBLISHED)
     trained = [p for name, p in model.named_parameters() if not name.startswith(("imm._fc1", "imm.mask_attention"))]
     assert sum(p.numel() for p in trained) == 5_801_219
     assert sum(p.numel() for p in model.parameters()) == 6_129_668
@@ -141,8 +148,80 @@ def test_mask_drops_the_lowest_and_never_the_last(sizes: list[int], ratio: float
         assert not dropped or values[~kept].max() < values[kept].min()
 
 
+@settings(deadline=None)
+@given(sizes=st.lists(st.integers(1, 12), min_size=1, max_size=5), ratio=st.sampled_from([0, 0.01, 0.3, 0.5, 0.99]))
+def test_adaptive_mask_drops_what_holds_little(sizes: list[int], ratio: float) -> None:
+    generator = torch.Generator().manual_seed(sum(sizes))
+    p = torch.cat([torch.randn(n, generator=generator).mul(3).softmax(0) for n in sizes])
+    keep = keep_mass(p, torch.repeat_interleave(torch.tensor(sizes)), torch.tensor(sizes), ratio)
+    for kept, mass in zip(keep.split(sizes), p.split(sizes), strict=True):
+        assert mass[~kept].sum() <= ratio + 1e-5
+        assert kept.sum() == 1 or mass[~kept].sum() + mass[kept].min() > ratio  # one more would be too much
+        assert not (~kept).any() or mass[~kept].max() <= mass[kept].min()
+
+
+def test_adaptive_mask_of_equal_scores_is_the_published_share() -> None:
+    keep = keep_mass(torch.full((20,), 1 / 20), torch.zeros(20).long(), torch.tensor([20]), 0.3)
+    assert (~keep).sum() == 6
+
+
+def test_straight_through_computes_what_published_computes() -> None:
+    bag, options = make_bag(40), PUBLISHED | {"init": "mamba"}
+    published, straight = (make("gmmamba", **(options | {"mask": m})) for m in ("published", "straight_through"))
+    assert torch.equal(published(bag).logits, straight(bag).logits)
+
+
+@settings(deadline=None, max_examples=20)
+@given(sizes=st.lists(st.integers(1, 12), min_size=2, max_size=4), mask=st.sampled_from([None, *MASKS]))
+def test_a_group_does_not_know_the_others(sizes: list[int], mask: str | None) -> None:
+    """Features of each group are those that it has alone, and groups need not go through the mixers together."""
+    model, N = make("gmmamba", mask=mask).double(), sum(sizes)
+    bag = make_bag(N)
+    bag.features, bag.groups = bag.features.double(), torch.repeat_interleave(torch.tensor(sizes))
+    together = model(bag).details["group_features"]
+    with mock.patch.object(imm, "ROWS", 5):
+        torch.testing.assert_close(model(bag).details["group_features"], together)
+    for g in range(len(sizes)):
+        own = bag.groups == g
+        alone = model(Bag(bag.features[own], bag.coords[own], None)).details["group_features"]
+        torch.testing.assert_close(alone[0], together[g])
+
+
+@pytest.mark.parametrize("options", [PUBLISHED, {}, {"mask": "gated"}], ids=["published", "default", "gated"])
+def test_gradients_of_the_whole_model_against_finite_differences(options: dict[str, Any]) -> None:
+    model = make("gmmamba", in_dim=8, width=8, d_state=2, **options).double()
+    labels = torch.tensor([0, 0, 1, 1, 1, 2, 1])
+
+    def logits(features: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        named = dict(zip(dict(model.named_parameters()), parameters, strict=True))
+        bag = Bag(features, torch.zeros(7, 2), labels)
+        return torch.func.functional_call(model, named, (bag,)).logits
+
+    features = torch.randn(7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    inputs = [features, *(p.detach() for p in model.parameters())]
+    assert torch.autograd.gradcheck(logits, [x.requires_grad_() for x in inputs], fast_mode=True)
+
+
+def test_instance_dropout_is_for_training_alone() -> None:
+    model, bag = make("gmmamba", instance_dropout=0.5), make_bag(41)
+    assert len(model(bag).details["order"]) == 41
+    torch.manual_seed(0)
+    output = model.train()(bag)
+    assert len(output.details["order"]) == 21
+    assert (output.attention > 0).sum() == 21
+    assert len(model(make_bag(1)).details["order"]) == 1
+
+
+def test_scaled_affinity_is_not_one_hot() -> None:
+    """Of LayerNorm's outputs, whose affinity is in the hundreds."""
+    X = torch.nn.functional.layer_norm(torch.randn(10, 512, generator=torch.Generator().manual_seed(0)), (512,))
+    published, scaled = (CSS(512, affinity=affinity)(X)[2]["affinity"] for affinity in ("published", "scaled"))
+    assert published.max() > 0.9
+    assert scaled.max() < 0.2
+
+
 def test_masked_instances_have_no_attention() -> None:
-    output = make("gmmamba")(make_bag(40))
+    output = make("gmmamba", **PUBLISHED)(make_bag(40))
     masked = output.details["order"][~output.details["keep"]]
     assert len(masked) > 0
     assert (output.attention[masked] == 0).all()
@@ -169,6 +248,9 @@ def test_css_variants_are_what_the_table_says(variant: str) -> None:
         ("gmmamba", {"css": "cmhaq"}, "unknown css variant 'cmhaq': did you mean 'cmha_q'"),
         ("gmmamba", {"mask": "publishd"}, "unknown mask 'publishd': did you mean 'published'"),
         ("gmmamba", {"mask_ratio": 1.0}, r"mask_ratio is 1.0: give a share"),
+        ("gmmamba", {"instance_dropout": 1.0}, r"instance_dropout is 1.0: give a share"),
+        ("gmmamba", {"affinity": "scald"}, "unknown affinity 'scald': did you mean 'scaled'"),
+        ("gmmamba", {"token": "mx"}, "unknown token 'mx': did you mean 'max'"),
     ],
 )
 def test_wrong_names_and_values_are_errors(method: str, options: dict[str, Any], message: str) -> None:

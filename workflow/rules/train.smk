@@ -26,7 +26,7 @@ rule train:
     shell:
         "python -m gmmamba train --experiment {params.experiment:q} --fold {wildcards.fold} --seed {wildcards.seed}"
         " --splits {input.splits} {params.tables} {params.groups} --threads {threads}"
-        " --output {params.folder} > {log} 2>&1"
+        " --cache-mb $(({resources.mem_mb} / 2)) --output {params.folder} > {log} 2>&1"
 
 
 rule predict:
