@@ -41,17 +41,19 @@ class BiMamba(nn.Module):
 
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
         """(N, D) of groups of `sizes` (G,), one behind the other, to (N, D); no group sees another."""
-        xz = self.in_proj(x)
-        u, z = xz.chunk(2, dim=1)  # [u; z] = W_in x
+        W_u, W_z = self.in_proj.weight.chunk(2)  # [u; z] = W_in x; z comes last, when the rest is gone from memory
         # Both directions, forward and backward, at once: (2, N, ·)
-        u = F.silu(causal_conv(u, sizes, self.conv1d, self.conv1d_b))
+        u = causal_conv(F.linear(x, W_u), sizes, self.conv1d, self.conv1d_b)
+        u = F.silu(u, inplace=not torch.is_grad_enabled())
         dt, B, C = torch.bmm(u, both(self.x_proj.weight, self.x_proj_b.weight).mT).split(self.split, dim=2)
         W_dt, b_dt = both(self.dt_proj.weight, self.dt_proj_b.weight), both(self.dt_proj.bias, self.dt_proj_b.bias)
         dt = F.softplus(torch.baddbmm(b_dt.unsqueeze(1), dt, W_dt.mT))
         A = -both(self.A_log, self.A_b_log).exp()
         D = both(self.D, self.D_b)
-        y = selective_scan(u, dt, A, B, C, D, sizes, reverse=(False, True), backend=self.scan)
-        out: Tensor = self.out_proj(y.sum(0) * F.silu(z))  # W_out (y_forward silu(z) + y_backward silu(z))
+        y = selective_scan(u, dt, A, B, C, D, sizes, reverse=(False, True), backend=self.scan).sum(0)
+        del u, dt  # room for the gate
+        gate = F.silu(F.linear(x, W_z))
+        out: Tensor = self.out_proj(y * gate)  # W_out (y_forward silu(z) + y_backward silu(z))
         return out
 
 

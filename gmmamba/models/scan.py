@@ -65,7 +65,7 @@ def selective_scan(
             u, dt, A, B, C = (x.to(state_dtype) for x in (u, dt, A, B, C))
         y = scan(u, dt, A, B, C, sizes.tolist(), list(reverse))
         D, u, y = (x.to(state_dtype) for x in (D, u, y))
-        return torch.addcmul(y, D.unsqueeze(1), u).to(given)
+        return y.addcmul_(D.unsqueeze(1), u).to(given)
 
 
 @cache
