@@ -117,13 +117,20 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     raise_if(problems)
 
     experiments = {
-        (e["dataset"], name): resolve_experiment(name, e, settings, datasets[e["dataset"]], schema)
+        (dataset, name): resolve_experiment(name, e, settings, datasets[dataset], schema)
         for name, e in settings["experiments"].items()
+        for dataset in datasets_of(e)
     }
     return Config(
         cohorts, settings["encoders"], datasets, experiments,
         settings["seeds"], settings["max_failed_share"], settings["report"],
     )  # fmt: skip
+
+
+def datasets_of(experiment: Mapping[str, Any]) -> list[str]:
+    """An experiment names one dataset, or several on each of which it is trained and tested."""
+    named = experiment["dataset"]
+    return [named] if isinstance(named, str) else named
 
 
 def resolve_experiment(
@@ -211,7 +218,8 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
                 yield f"datasets.{name}.encoder: {dataset['encoder']!r} is not in cohorts.{cohort}.encoders"
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
-        yield from unknown(f"experiments.{name}.dataset", experiment["dataset"], "datasets")
+        for dataset in datasets_of(experiment):
+            yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
 

@@ -23,20 +23,20 @@ ROWS = 16384  # instances that go through a mixer together, unless a group has m
 class IMM(nn.Module):
     """h1 = x + BiMamba1(LN x); drop the instances of lowest score; h2 = h1 + BiMamba2(LN h1); attention pooling.
 
-    Which instances are dropped is `mask`. They are those of the lowest score s of a head, p = softmax of s over the
-    group; with a hard choice alone, as published, no gradient reaches that head, and it stays the random projection it
-    began as. The others add to each score a of the attention pooling a term that teaches the head (ours):
+    Which instances are dropped is `mask`: those of the lowest score s of a head, p = softmax of s over the n instances
+    of the group. By a hard choice alone no gradient reaches that head: the published one stays the random projection
+    that it began as. The others, ours, add to each score a of the attention pooling a term that teaches the head; it
+    begins with s = 0 everywhere.
 
-        published         drop the max(1, floor(M_r n)) of lowest p
-        straight_through  the same, and a + s - stop(s): same values, and s learns what the pooling wants of a
-        gated             the same, and a + log sigmoid(s): the head's gate weighs what is kept (as in gPool, Gao and
-                          Ji, ICML 2019)
-        adaptive          as straight_through, but drop those of lowest p that together hold M_r of the group's p:
-                          many where the head is sure, M_r n where it knows nothing
-        None              drop nothing
+        published         the max(1, floor(M_r n)) instances of lowest p
+        straight_through  the same; a + s - stop(s): the same values, and s learns what the pooling wants of a
+        gated             the same; a + log sigmoid(s): the head's gate weighs what is kept (as in gPool, Gao and Ji,
+                          ICML 2019)
+        adaptive          those with p < M_r / n, none at first, many where the head is sure; a + s - stop(s)
+        None              none
 
-    With pooling "max" there is one BiMamba and no mask, and a group's feature
-    is the maximum over its LN h1 (the poster's BMP and LG-BMP).
+    With pooling "max" there is one BiMamba and no mask, and a group's feature is the maximum over its LN h1 (the
+    poster's BMP and LG-BMP).
 
     `_fc1` projects features of another width; it exists but is not used where in_dim == width, as published.
     """
@@ -75,6 +75,8 @@ class IMM(nn.Module):
                 nn.init.xavier_normal_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.mask_attention is not None and mask != "published":
+            nn.init.zeros_(self.mask_attention[2].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, sizes: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Instances (N, in_dim) of groups of `sizes` (G,) to group features (G, D) and what led there.
@@ -98,7 +100,7 @@ class IMM(nn.Module):
             logits = self.mask_attention(h).squeeze(1)
             p = logits.where(members, -torch.inf).softmax(1).sum(0)
             if self.mask == "adaptive":
-                keep = keep_mass(p.detach(), group, sizes, self.mask_ratio)
+                keep = p.detach() * sizes[group] >= self.mask_ratio  # true for a group's highest
             else:
                 keep = keep_highest(logits.detach(), group, sizes, self.mask_ratio)
             if self.mask == "gated":
@@ -154,30 +156,13 @@ def keep_highest(scores: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float
 
     As published, at least one instance goes even for M_r = 0; unlike published, the last one of a group stays.
     """
-    order, rank = ascending(scores, group, sizes)
+    by_score = scores.argsort(stable=True)
+    order = by_score[group[by_score].argsort(stable=True)]  # group after group, lowest score first
+    rank = torch.arange(len(scores), device=scores.device) - (sizes.cumsum(0) - sizes)[group]
     dropped = (sizes.double() * mask_ratio).long().clamp(min=1).minimum(sizes - 1)
     keep = torch.empty_like(group, dtype=torch.bool)
     keep[order] = rank >= dropped[group]
     return keep
-
-
-def keep_mass(p: Tensor, group: Tensor, sizes: Tensor, mask_ratio: float) -> Tensor:
-    """(N,) bool: false for the instances of lowest p that hold at most M_r of their group's sum of p, which is 1.
-
-    Never false for a group's highest.
-    """
-    order, rank = ascending(p, group, sizes)
-    mass = p[order].double().cumsum(0) - group  # group g begins at a sum of g
-    keep = torch.empty_like(group, dtype=torch.bool)
-    keep[order] = (mass > mask_ratio + 1e-6) | (rank == sizes[group] - 1)
-    return keep
-
-
-def ascending(scores: Tensor, group: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:
-    """(N,) the instances group after group, lowest score first, and at each place the rank inside the group."""
-    by_score = scores.argsort(stable=True)
-    order = by_score[group[by_score].argsort(stable=True)]
-    return order, torch.arange(len(scores), device=scores.device) - (sizes.cumsum(0) - sizes)[group]
 
 
 def max_pool(h: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor]:

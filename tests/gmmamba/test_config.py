@@ -201,6 +201,16 @@ def test_schema_and_model_agree(method: str) -> None:
     assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected
 
 
+def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
+    config["datasets"]["again"] = config["datasets"]["demo"] | {"split": {"scheme": "kfold", "folds": 3}}
+    config["experiments"]["mean"]["dataset"] = ["demo", "again"]
+    experiments = load_config(config).experiments
+    assert experiments["demo", "mean"] == experiments["again", "mean"]
+    assert ("again", "abmil") not in experiments
+    config["experiments"]["mean"]["dataset"] = ["demo", "agian"]
+    assert "experiments.mean.dataset: 'agian' is not in `datasets`, did you mean 'again'?" in problems(config)
+
+
 NAMED = list(yaml.safe_load((ROOT / "config.yaml").read_text())["models"])
 ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by attention (IMM), its mask, CSS
     "with-bmp": (None, False, False, False),
