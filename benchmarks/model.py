@@ -144,7 +144,8 @@ def main() -> None:
         text += "\n" + precision_and_epochs([backend for backend in backends if backend != ORACLE])
     print(text)
     if options.write:
-        write_section(options.write, f"model on {options.device}", text)
+        groups = ", ".join(map(str, options.groups))
+        write_section(options.write, f"model on {options.device}, G = {groups}", text)
 
 
 def integers(text: str) -> list[int]:

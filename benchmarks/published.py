@@ -39,7 +39,7 @@ class PublishedLoop(nn.Module):
         """Every group must have two instances at least: of a single one the mask would leave nothing."""
         labels = self.groups_of(bag)
         X = torch.cat([self.group_feature(bag.features[labels == g]) for g in range(self.n_groups)])
-        return MILOutput(self.cls(self.css(X)[0])[0])
+        return MILOutput(self.cls(self.css(X)[0], X.max(0, keepdim=True).values)[0])
 
     def groups_of(self, bag: Bag) -> Tensor:
         """(N,) labels, fitted anew."""

@@ -22,8 +22,6 @@ except ConfigError as error:
 def environment():
     """Shell code before every job: this checkout's packages, and without conda the Python that runs Snakemake."""
     lines = [f'export PYTHONPATH="{workflow.basedir}"']
-    # glibc hands every big tensor's memory back to the kernel, which clears it anew: a fifth of a training step.
-    lines.append("export MALLOC_MMAP_THRESHOLD_=1073741824 MALLOC_TRIM_THRESHOLD_=4294967296")
     if not workflow.deployment_settings.deployment_method:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "
