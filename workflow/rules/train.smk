@@ -15,7 +15,7 @@ rule train:
         "../../envs/gmmamba.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=8000,
         gpu=1,
     params:
         folder=output_folder,
@@ -26,7 +26,7 @@ rule train:
     shell:
         "python -m gmmamba train --experiment {params.experiment:q} --fold {wildcards.fold} --seed {wildcards.seed}"
         " --splits {input.splits} {params.tables} {params.groups} --threads {threads}"
-        " --cache-mb $(({resources.mem_mb} / 2)) --output {params.folder} > {log} 2>&1"
+        " --cache-mb $(({resources.mem_mb} / 4)) --output {params.folder} > {log} 2>&1"
 
 
 rule predict:
