@@ -22,8 +22,11 @@ except ConfigError as error:
 
 
 def environment():
-    """Shell code before every job: this checkout's packages, and without conda the Python that runs Snakemake."""
-    lines = [f'export PYTHONPATH="{workflow.basedir}"', f"export {OWNER}={os.getpid()}"]
+    """Shell code before every job: this checkout's packages, whose warm processes jobs fork from, and without conda the
+    Python that runs Snakemake."""
+    lines = [f'export PYTHONPATH="{workflow.basedir}"']
+    if OWNER not in os.environ:  # set but empty: every job by itself
+        lines.append(f"export {OWNER}={os.getpid()}")
     if not workflow.deployment_settings.deployment_method:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "
