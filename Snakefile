@@ -25,3 +25,8 @@ rule all:
         group_files(),
         reports(),
     localrule: True
+
+
+onstart:
+    if ONE_MACHINE and not HAS_GPU:
+        print("No GPU on this machine: encoding, training and prediction run on the CPU.", file=sys.stderr)

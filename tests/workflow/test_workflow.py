@@ -267,6 +267,14 @@ def test_report_setting(project: Path) -> None:
     assert plan(project) == {"report dataset=d"}
 
 
+def test_without_a_gpu_the_same_command_runs_and_says_so_once(project: Path) -> None:
+    edit(project, lambda c: c.update(report={"title": "Another title"}))
+    run = snakemake(project, "--resources", "gpu=1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    assert (run.stdout + run.stderr).count("No GPU on this machine") == (0 if has_gpu else 1)
+
+
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
     """A copy of the program, to edit."""

@@ -35,6 +35,14 @@ def environment():
 
 shell.prefix(environment())
 
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
+ONE_MACHINE = workflow.is_main_process and workflow.global_resources["_nodes"].value is None
+
+if ONE_MACHINE and HAS_GPU and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", 1)  # jobs take turns; with --resources gpu=N, N share it
+elif ONE_MACHINE and not HAS_GPU and "gpu" in workflow.global_resources:
+    workflow.register_resource("gpu", workflow.cores)  # there is none to take turns at
+
 
 def one_of(names):
     return "|".join(sorted(map(re.escape, names))) or "none"
