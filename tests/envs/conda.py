@@ -55,7 +55,7 @@ def build_channels(folder: Path, pins: dict[str, str], conda_names: dict[str, st
     links = _links(installed)
     for name, distribution in installed.items():
         conda_name = conda_names.get(name, name)
-        depends = [conda_names.get(d, d) for d in _dependencies(distribution) if d in installed]
+        depends = [conda_names.get(dependency, dependency) for dependency in sorted(_dependencies(name, installed))]
         channel = folder / ("bioconda" if conda_name.startswith("snakemake") else "conda-forge")
         version = pins.get(conda_name, distribution.version)
         _write_package(channel, conda_name, version, ["python", *depends], links[name])
@@ -70,9 +70,14 @@ def build_channels(folder: Path, pins: dict[str, str], conda_names: dict[str, st
         subprocess.run([sys.executable, __file__, "index", channel], check=True)
 
 
-def _dependencies(distribution: Distribution) -> list[str]:
-    requirements = [Requirement(line) for line in distribution.requires or []]
-    return [canonicalize_name(r.name) for r in requirements if not r.marker or r.marker.evaluate({"extra": ""})]
+def _dependencies(name: str, installed: dict[str, Distribution], extra: str = "") -> set[str]:
+    """What a distribution needs of what is installed; with the name of an extra, what that adds."""
+    names = set()
+    for requirement in map(Requirement, installed[name].requires or []):
+        needed = canonicalize_name(requirement.name)
+        if needed in installed and (requirement.marker is None or requirement.marker.evaluate({"extra": extra})):
+            names |= {needed}.union(*(_dependencies(needed, installed, each) for each in requirement.extras))
+    return names
 
 
 def _links(installed: dict[str, Distribution]) -> dict[str, dict[str, str | Path]]:

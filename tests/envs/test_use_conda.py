@@ -41,9 +41,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "code").mkdir(exist_ok=True)
         copy(ROOT / name, folder / "code" / name)
     write_cohort(folder / "project" / "a", SLIDES)
-    split = CONFIG["datasets"]["d"] | {"split": {"folds": 2}}
-    experiments = {name: CONFIG["experiments"][name] for name in ("gmmamba",)}
-    config = CONFIG | {"datasets": {"d": split}, "experiments": experiments}
+    split = {"scheme": "ratio", "folds": 1, "test": 0.34, "validation": 0.34}
+    datasets = {"d": CONFIG["datasets"]["d"] | {"split": split}}
+    config = CONFIG | {"datasets": datasets, "experiments": {"gmmamba": CONFIG["experiments"]["gmmamba"]}}
     (folder / "project" / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
