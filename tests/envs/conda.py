@@ -2,8 +2,8 @@
 local channel whose packages are links to what is installed in the Python that runs the tests.
 
 It answers what Snakemake asks of conda: `conda --version`, `conda info --json`, `conda config --get channel_priority
---json`, `conda env create --file F --prefix P`, `conda clean --tarballs`, and `source BASE/bin/activate P`. An environment holds its file's
-packages and what these depend on, nothing else: a job that imports more fails.
+--json`, `conda env create --file F --prefix P`, `conda clean --tarballs`, and `source BASE/bin/activate P`. An
+environment holds its file's packages and what these depend on, nothing else: a job that imports more fails.
 
 What is not tried: conda itself, the files that conda-forge's packages hold, and their own dependencies.
 """
@@ -96,9 +96,7 @@ def _links(installed: dict[str, Distribution]) -> dict[str, dict[str, str | Path
     return links
 
 
-def _write_package(
-    channel: Path, name: str, version: str, depends: list[str], contents: dict[str, str | Path]
-) -> None:
+def _write_package(channel: Path, name: str, version: str, depends: list[str], contents: dict[str, str | Path]) -> None:
     """Write a .tar.bz2 package. contents: path in the environment -> text of the file, or the path it links to."""
     subdir = str(Subdir.current())
     index = {"name": name, "version": version, "build": "0", "build_number": 0, "depends": depends, "subdir": subdir}

@@ -36,14 +36,15 @@ Snakemake = Callable[..., str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """project: slides and configuration. code: the program, where nothing is installed from."""
     folder = tmp_path_factory.mktemp("conda")
+    (folder / "code").mkdir()
     for name in CODE:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        (folder / "code").mkdir(exist_ok=True)
         copy(ROOT / name, folder / "code" / name)
     write_cohort(folder / "project" / "a", SLIDES)
     split = {"scheme": "ratio", "folds": 1, "test": 0.34, "validation": 0.34}
     datasets = {"d": CONFIG["datasets"]["d"] | {"split": split}}
     config = CONFIG | {"datasets": datasets, "experiments": {"gmmamba": CONFIG["experiments"]["gmmamba"]}}
+    config["cohorts"] = {"a": {"sheet": str(folder / "project" / "a" / "slides.csv")}}
     (folder / "project" / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -55,7 +56,8 @@ def snakemake(folder: Path) -> Snakemake:
     build_channels(folder / "channels", pins, CONDA_NAMES)
     binaries = install_conda(folder / "conda", folder / "channels")
     base = folder / "snakemake"
-    subprocess.run([binaries / "conda", "env", "create", "--file", ROOT / "envs/snakemake.yaml", "--prefix", base])
+    create = [binaries / "conda", "env", "create", "--file", ROOT / "envs/snakemake.yaml", "--prefix", base]
+    subprocess.run(create, check=True)
     # A package of this name on the user's own PYTHONPATH must not reach any job.
     (folder / "astray").mkdir()
     (folder / "astray" / "timm.py").write_text("raise ImportError('the PYTHONPATH of the user reached a job')\n")
@@ -85,44 +87,48 @@ def rules(output: str) -> set[str]:
     return set(re.findall(r"^(?:local)?rule (\w+):", output, re.MULTILINE)) - {"all"}
 
 
+def prefix(folder: Path, name: str) -> Path:
+    """The environment that Snakemake made of code/envs/{name}.yaml; it keeps a copy of the file beside it."""
+    content = (folder / "code/envs" / f"{name}.yaml").read_text()
+    (copy,) = (f for f in (folder / "project/.snakemake/conda").glob("*.yaml") if f.read_text() == content)
+    return copy.with_suffix("")
+
+
 def edit(file: Path, old: str, new: str) -> None:
     assert old in file.read_text()
     file.write_text(file.read_text().replace(old, new))
 
 
 def test_every_job_runs_in_the_environment_of_its_file(finished: Path) -> None:
-    environments = {path.read_text(): path.with_suffix("") for path in (finished / "project/.snakemake/conda").glob("*.yaml")}
-    expected = {name: environments[(finished / "code/envs" / f"{name}.yaml").read_text()] for name in COMMANDS}
+    expected = {name: {prefix(finished, name)} for name in COMMANDS}
     seen: dict[str, set[Path]] = {name: set() for name in COMMANDS}
     commands: dict[str, set[str]] = {name: set() for name in COMMANDS}
     for line in (finished / "pythons.tsv").read_text().splitlines():
-        prefix, _, *arguments = line.split("\t")
+        python, _, *arguments = line.split("\t")
         # `-m package command ...`, or a process that imports a package's modules on a job's behalf
         package = next((a.split(".")[0] for a in arguments if a.split(".")[0] in COMMANDS), None)
         if package:
-            seen[package].add(Path(prefix))
+            seen[package].add(Path(python))
             commands[package] |= {arguments[2]} if arguments[:2] == ["-m", package] else set()
-    assert seen == {name: {path} for name, path in expected.items()}
+    assert seen == expected
     assert commands == COMMANDS
 
 
 def test_an_environment_holds_no_more_than_its_stage_needs(finished: Path) -> None:
     """So that a job that runs in it proves that its file is complete."""
     held = {
-        path.read_text(): {f.name.rsplit("-", 2)[0] for f in path.with_suffix("").glob("conda-meta/*.json")}
-        for path in (finished / "project/.snakemake/conda").glob("*.yaml")
+        name: {file.name.rsplit("-", 2)[0] for file in prefix(finished, name).glob("conda-meta/*.json")}
+        for name in COMMANDS
     }
-    assert not {"pandas", "numba", "scikit-learn"} & held[(finished / "code/envs/preprocessing.yaml").read_text()]
-    assert not {"timm", "openslide", "py-opencv"} & held[(finished / "code/envs/gmmamba.yaml").read_text()]
+    assert not {"pandas", "numba", "scikit-learn"} & held["preprocessing"]
+    assert not {"timm", "openslide", "py-opencv"} & held["gmmamba"]
 
 
 def test_nothing_to_be_done_the_second_time(finished: Path, snakemake: Snakemake) -> None:
     assert rules(snakemake("--use-conda", "-n")) == set()
 
 
-@pytest.mark.parametrize(
-    ("name", "expected"), [("gmmamba", MODELLING), ("preprocessing", PREPROCESSING | MODELLING)]
-)
+@pytest.mark.parametrize(("name", "expected"), [("gmmamba", MODELLING), ("preprocessing", PREPROCESSING | MODELLING)])
 def test_a_changed_pin_runs_its_stages_and_what_follows(
     finished: Path, snakemake: Snakemake, name: str, expected: set[str]
 ) -> None:
@@ -137,3 +143,12 @@ def test_a_changed_pin_runs_its_stages_and_what_follows(
 def test_with_and_without_conda_are_different_environments(finished: Path, snakemake: Snakemake) -> None:
     assert rules(snakemake("-n")) == PREPROCESSING | MODELLING
     assert rules(snakemake("-n", "--rerun-triggers", "mtime", "params", "input", "code")) == set()
+
+
+def test_the_container_holds_the_same_environments(finished: Path, snakemake: Snakemake) -> None:
+    """envs/gmmamba.def is what Snakemake writes of the environment files; docs/environments.md has the command."""
+    project = ("-d", str(finished / "code"), "--configfile", str(finished / "project/config.yaml"))
+    printed = snakemake("--containerize", "apptainer", *project)
+    expected = printed[printed.index("Bootstrap:") : printed.index("conda clean --all -y")]
+    definition = (ROOT / "envs" / "gmmamba.def").read_text()
+    assert expected.replace("miniforge3:latest", "miniforge3:25.3.1-0") in definition

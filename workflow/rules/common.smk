@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, workflow.basedir)
 
@@ -23,8 +24,11 @@ except ConfigError as error:
 
 def environment():
     """Shell code before every job: this checkout's packages, and without conda the Python that runs Snakemake."""
-    lines = [f'export PYTHONPATH="{workflow.basedir}"', f"export {OWNER}={os.getpid()}"]
-    if not workflow.deployment_settings.deployment_method:
+    methods = workflow.deployment_settings.deployment_method
+    lines = [f'export PYTHONPATH="{workflow.basedir}"']
+    if DeploymentMethod.APPTAINER not in methods:  # a job's container may take its files away when the job ends
+        lines.append(f"export {OWNER}={os.getpid()}")
+    if not methods:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "
 
