@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,16 @@ def test_every_import_is_provided(name: str, packages: tuple[str, ...]) -> None:
 def test_the_tables_name_nothing_that_is_gone() -> None:
     names = {name for file in map(read, FILES) for name in file.pins}
     assert set(CONDA_NAMES.values()) | BUILD_TOOLS <= names
+
+
+@pytest.mark.parametrize("name", ["preprocessing", "gmmamba"])
+def test_the_container_is_made_of_these_files(name: str) -> None:
+    """Snakemake looks for an environment in the image by its file's digest."""
+    content = (ROOT / "envs" / f"{name}.yaml").read_bytes()
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    definition = (ROOT / "envs" / "gmmamba.def").read_text()
+    assert f"envs/{name}.yaml /conda-envs/{digest}/environment.yaml" in definition, "see docs/environments.md"
+    assert all(f"#   {line}" in definition for line in content.decode().splitlines())
 
 
 @pytest.mark.network
