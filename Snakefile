@@ -8,6 +8,10 @@ if not workflow.configfiles:
     configfile: "config.yaml"
 
 
+# With --sdm conda apptainer: the image that holds the environments of envs/ (docs/environments.md)
+containerized: f"{workflow.basedir}/envs/gmmamba.sif"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/tile.smk"
 include: "workflow/rules/encode.smk"

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, workflow.basedir)
 
@@ -25,10 +26,12 @@ except ConfigError as error:
 def environment():
     """Shell code before every job: this checkout's packages, whose warm processes jobs fork from, and without conda the
     Python that runs Snakemake."""
+    methods = workflow.deployment_settings.deployment_method
     lines = [f'export PYTHONPATH="{workflow.basedir}"']
-    if OWNER not in os.environ:  # set but empty: every job by itself
+    # Set but empty: every job by itself. In a container, too: its files may go away with the job that started it.
+    if OWNER not in os.environ and DeploymentMethod.APPTAINER not in methods:
         lines.append(f"export {OWNER}={os.getpid()}")
-    if not workflow.deployment_settings.deployment_method:
+    if not methods:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "
 
