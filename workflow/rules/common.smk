@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -38,13 +39,22 @@ def environment():
 
 shell.prefix(environment())
 
-HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
+HAS_GPU = shutil.which("nvidia-smi") is not None
 ONE_MACHINE = workflow.is_main_process and workflow.global_resources["_nodes"].value is None
 
 if ONE_MACHINE and HAS_GPU and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", 1)  # jobs take turns; with --resources gpu=N, N share it
 elif ONE_MACHINE and not HAS_GPU and "gpu" in workflow.global_resources:
     workflow.register_resource("gpu", workflow.cores)  # there is none to take turns at
+
+
+def growing(amount):
+    """A resource that a job asks for `amount` of, and for more each time that it is tried again (`retries`)."""
+
+    def of_attempt(wildcards, attempt):
+        return amount * attempt
+
+    return of_attempt
 
 
 def one_of(names):

@@ -10,7 +10,8 @@ rule encode_slide:
         "../../envs/preprocessing.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=growing(4000),
+        runtime=growing(120),
         gpu=1,
     params:
         slide=slide_file,
@@ -31,6 +32,9 @@ rule account_cohort:
         "results/{cohort}/logs/account/{encoder}.log",
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         sheet=sheet_file,
         content=sheet_digest,

@@ -7,6 +7,9 @@ rule evaluate:
         "results/{dataset}/logs/evaluate/{experiment}.log",
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(15),
     params:
         classes=classes,
         code=code_digest("gmmamba.evaluation"),

@@ -7,6 +7,9 @@ rule group_cohort:
         "results/{cohort}/logs/group/{grouping}.log",
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(30),
     params:
         sheet=sheet_file,
         tiles="results/{cohort}/tiles",
@@ -27,6 +30,9 @@ rule group_cohort_by_features:
         "results/{cohort}/benchmarks/group/{encoder}/features-{groups}.tsv"
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(8000),
+        runtime=growing(120),
     params:
         sheet=sheet_file,
         stores="results/{cohort}/features/{encoder}",

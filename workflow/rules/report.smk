@@ -16,6 +16,9 @@ rule report:
         "results/{dataset}/logs/report.log",
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(8000),
+        runtime=growing(60),
     params:
         settings=report_settings,
         tables=table_options,

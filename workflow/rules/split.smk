@@ -7,6 +7,9 @@ rule split_dataset:
         "results/{dataset}/logs/split.log",
     conda:
         "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(4000),
+        runtime=growing(15),
     params:
         tables=table_options,
         classes=classes,

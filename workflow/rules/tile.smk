@@ -9,7 +9,8 @@ rule tile_slide:
     conda:
         "../../envs/preprocessing.yaml"
     resources:
-        mem_mb=2000,
+        mem_mb=growing(2000),
+        runtime=growing(15),
     params:
         slide=slide_file,
         version=slide_version,

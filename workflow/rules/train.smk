@@ -13,7 +13,8 @@ rule train:
         "../../envs/gmmamba.yaml"
     threads: 1
     resources:
-        mem_mb=8000,
+        mem_mb=growing(8000),
+        runtime=growing(720),
         gpu=1,
     params:
         folder=output_folder,
@@ -43,7 +44,8 @@ rule predict:
         "../../envs/gmmamba.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        mem_mb=growing(4000),
+        runtime=growing(60),
         gpu=1,
     params:
         folder=model_folder,
