@@ -51,7 +51,7 @@ class Dataset:
 
     @property
     def folds(self) -> list[int]:
-        return list(range(1 if self.split.scheme == "column" else self.split.folds))
+        return list(range(self.split.count_folds(self.cohorts)))
 
 
 @dataclass(frozen=True)
@@ -216,12 +216,30 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             wanted = settings["cohorts"].get(cohort, {}).get("encoders")
             if wanted is not None and dataset["encoder"] not in wanted:
                 yield f"datasets.{name}.encoder: {dataset['encoder']!r} is not in cohorts.{cohort}.encoders"
+        yield from split_problems(f"datasets.{name}", dataset["cohorts"], dataset["split"])
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
         for dataset in datasets_of(experiment):
             yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
+
+
+def split_problems(where: str, cohorts: list[str], split: dict[str, Any]) -> Iterator[str]:
+    """Test cohorts that the dataset has not, or that its scheme does not use, and too few cohorts for its scheme."""
+    tested = split["test_cohorts"]
+    for cohort in tested:
+        if cohort not in cohorts:
+            yield f"{where}.split.test_cohorts: {cohort!r} is not in {where}.cohorts, {nearest(cohort, cohorts)}"
+    if split["scheme"] == "external":
+        if not tested:
+            yield f"{where}.split: the scheme external needs test_cohorts, some of {', '.join(cohorts)}"
+        elif set(tested) >= set(cohorts):
+            yield f"{where}.split.test_cohorts: all cohorts of the dataset are tested, none is left to train on"
+    elif tested:
+        yield f"{where}.split.test_cohorts: only the scheme external uses them, this one is {split['scheme']}"
+    if split["scheme"] == "leave_one_cohort_out" and len(cohorts) < 2:
+        yield f"{where}.split: leave_one_cohort_out needs two cohorts or more, {where}.cohorts has {len(cohorts)}"
 
 
 def with_defaults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Any:

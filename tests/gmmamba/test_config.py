@@ -180,7 +180,10 @@ SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text
 )
 def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
     """The same keys and the same defaults for those who use config.yaml and those who use Python."""
-    fields = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
+    }  # as in YAML
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
 
 
@@ -265,3 +268,65 @@ def test_every_row_of_the_papers_tables_is_a_named_model(named: dict[str, Experi
     assert named["published"].model.items() >= PUBLISHED.items()
     different = {str(dataclasses.replace(experiment, name="")) for experiment in named.values()}
     assert len(different) == len(named)  # no two names for one model
+
+
+@pytest.fixture
+def three_cohorts(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Cohorts A, B and C of 20 patients each, five a site, and one dataset of them."""
+    sheets = {}
+    for cohort in "ABC":
+        rows = [row.replace("S", cohort).replace("P", f"{cohort}-P") + f",{cohort}{i // 5}"
+                for i, row in enumerate(good_rows())]  # fmt: skip
+        (tmp_path / cohort).mkdir()
+        sheets[cohort] = write_sheet(tmp_path / cohort, rows, "slide_id,patient_id,label,path,site")
+    config["cohorts"] = {cohort: {"sheet": str(sheet)} for cohort, sheet in sheets.items()}
+    config["datasets"]["demo"]["cohorts"] = list("ABC")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("split", "folds"),
+    [
+        ({"scheme": "external", "test_cohorts": ["C"], "folds": 4}, 4),
+        ({"scheme": "leave_one_cohort_out"}, 3),
+        ({"scheme": "site_preserved", "folds": 3}, 3),
+    ],
+)
+def test_several_cohorts_and_a_patient_who_would_be_in_two_parts(
+    three_cohorts: dict[str, Any], tmp_path: Path, split: dict[str, Any], folds: int
+) -> None:
+    three_cohorts["datasets"]["demo"]["split"] = split
+    assert load_config(three_cohorts).datasets["demo"].folds == list(range(folds))
+
+    sheet = tmp_path / "C" / "slides.csv"
+    sheet.write_text(sheet.read_text().replace("C3,C-P3,", "C3,A-P1,"))
+    text = problems(three_cohorts)
+    assert "datasets.demo.split: patient A-P1 has slides " in text
+    assert f"for A1 ({tmp_path / 'A' / 'slides.csv'}, line 3)" in text  # where both stand
+    assert f"for C3 ({sheet}, line 5)" in text
+    assert "fill 'exclude' for" in text  # what to do
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"scheme": "external"}, "datasets.demo.split: the scheme external needs test_cohorts, some of A, B, C"),
+        ({"scheme": "external", "test_cohorts": ["D"]}, "'D' is not in datasets.demo.cohorts, known: A, B, C"),
+        ({"scheme": "external", "test_cohorts": ["A", "B", "C"]}, "none is left to train on"),
+        ({"test_cohorts": ["A"]}, "only the scheme external uses them, this one is kfold"),
+        ({"scheme": "column"}, "line 2: slide A0 has no 'split', which datasets.demo.split asks for (scheme column)"),
+        ({"scheme": "site_preserved", "folds": 13}, "class 'normal' comes from 12 sites"),
+    ],
+)
+def test_splits_that_cannot_be_are_named(three_cohorts: dict[str, Any], split: dict[str, Any], message: str) -> None:
+    three_cohorts["datasets"]["demo"]["split"] = split
+    assert message in problems(three_cohorts)
+
+
+def test_two_parts_for_a_patient_are_named_before_any_job(tmp_path: Path) -> None:
+    rows = [row + f",{('train', 'val', 'test')[i // 2 % 3]}" for i, row in enumerate(good_rows())]
+    config = good_config(
+        write_sheet(tmp_path, [*rows, "S90,P0,normal,n.svs,test"], "slide_id,patient_id,label,path,split")
+    )
+    config["datasets"]["demo"]["split"] = {"scheme": "column"}
+    assert "patient P0 has two parts: 'train' for S0" in problems(config)
