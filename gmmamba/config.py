@@ -1,8 +1,8 @@
 """The configuration: checked whole before any job starts, and resolved into what each stage needs.
 
-Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml and the slide sheets; writes nothing.
-An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and folds are not part of it,
-so that one more seed trains only that seed.
+Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml, config/models.yaml and the slide sheets; writes
+nothing. An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and folds are not part of
+it, so that one more seed trains only that seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import yaml
 from gmmamba.cohort import Slide, check_dataset, read_sheet
 from gmmamba.splits import SplitSettings
 
-DEFAULT_SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
+ROOT = Path(__file__).parents[1]
+DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration
 RESERVED = ("tiles", "features", "groups", "logs", "benchmarks")  # folders of results/{name}/ that stages own
 
 
@@ -92,6 +94,8 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
         ConfigError: naming every unknown key (with the nearest known one), wrong value and bad sheet line.
     """
     schema = yaml.safe_load(schema_file.read_text())
+    if isinstance(own := raw.get("models", {}), Mapping):
+        raw = {**raw, "models": yaml.safe_load(NAMED_MODELS.read_text())["models"] | dict(own)}
     raise_if(list(schema_problems(raw, schema, schema)) + list(model_problems(raw, schema)))
     settings = with_defaults(raw, schema, schema)
     raise_if(list(reference_problems(settings)))

@@ -328,10 +328,14 @@ def _notes(
         for label in mapping
         if label not in known
     ]
+    blank = [
+        f"{t.path.name} line {row.line}" for t in labels.tables for row in t.rows if not (row.slide or row.patient)
+    ]
     return [
         ("slide in a table but not in the folder", missing),
         ("patient in a table without a slide in the folder", [p for p in labels.of_patient if p not in patients]),
         ("slide in several lines of the tables", [ls[0].slide for ls in labels.of_slide.values() if len(ls) > 1]),
+        ("line without slide and patient", blank),
         ("unfinished download, or link to nowhere", [str(path) for path in found.unfinished]),
         ("mapped label that no line has", unused),
         (

@@ -41,7 +41,11 @@ def good_rows() -> list[str]:
 
 def good_config(sheet: Path) -> dict[str, Any]:
     text = (ROOT / "config.yaml").read_text()
-    return yaml.safe_load(text.replace("results/demo/cohort/slides.csv", str(sheet)))
+    return yaml.safe_load(text.replace("results/demo/cohort/slides.csv", str(sheet))) | {"models": named_models()}
+
+
+def named_models() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "config" / "models.yaml").read_text())["models"]
 
 
 @pytest.fixture
@@ -204,6 +208,17 @@ def test_schema_and_model_agree(method: str) -> None:
     assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected
 
 
+def test_models_of_one_s_own_stand_beside_the_named_ones_or_replace_them(config: dict[str, Any]) -> None:
+    config["experiments"] |= {
+        "a": {"model": "published", "dataset": "demo"},
+        "b": {"model": "groups-2", "dataset": "demo"},
+    }
+    config["models"] = {"groups-2": {"method": "gmmamba", "groups": 2}}
+    experiments = load_config(config).experiments
+    assert experiments["demo", "a"].model["mask"] == "published"
+    assert experiments["demo", "b"].model["mask"] is None  # none of the settings of the one it replaces
+
+
 def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
     config["datasets"]["again"] = config["datasets"]["demo"] | {"split": {"scheme": "kfold", "folds": 3}}
     config["experiments"]["mean"]["dataset"] = ["demo", "again"]
@@ -214,7 +229,7 @@ def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
     assert "experiments.mean.dataset: 'agian' is not in `datasets`, did you mean 'again'?" in problems(config)
 
 
-NAMED = list(yaml.safe_load((ROOT / "config.yaml").read_text())["models"])
+NAMED = list(named_models())
 ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by attention (IMM), its mask, CSS
     "with-bmp": (None, False, False, False),
     "with-lg-bmp": ("location-10", False, False, False),
@@ -227,7 +242,7 @@ ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by att
 
 @pytest.fixture
 def named(config: dict[str, Any]) -> dict[str, Experiment]:
-    """Every model of config.yaml, as training would be given it."""
+    """Every model of config/models.yaml, as training would be given it."""
     config["experiments"] = {name: {"model": name, "dataset": "demo"} for name in NAMED}
     return {name: experiment for (_, name), experiment in load_config(config).experiments.items()}
 

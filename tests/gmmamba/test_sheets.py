@@ -166,7 +166,7 @@ def test_which_column_is_the_label_is_asked_and_not_guessed(tmp_path: Path) -> N
 def test_patients_with_two_labels_are_excluded_by_name(tmp_path: Path) -> None:
     touch(tmp_path / "slides", "s1.svs", "s2.svs", "s3.svs", "s4.svs")
     labels = table(tmp_path / "t.csv", "case_id,slide_id,label", "p1,s1,a", "p1,s2,b", "p2,s3,a", "p2,s3,b", "p3,s4,a",
-                   "p3,s4,a", "p3,s5,a")  # fmt: skip
+                   "p3,s4,a", "p3,s5,a", ",,b")  # fmt: skip
     rows, summary = written(tmp_path / "slides", tmp_path / "sheet.csv", labels)
     assert rows["exclude"].to_dict() == {
         "s1": "patient p1 has two labels: a (s1), b (s2)", "s2": "patient p1 has two labels: a (s1), b (s2)",
@@ -175,6 +175,7 @@ def test_patients_with_two_labels_are_excluded_by_name(tmp_path: Path) -> None:
     assert "      2  patient with two labels: s1, s2" in summary
     assert "      2  slide in several lines of the tables: s3, s4" in summary
     assert "      1  slide in a table but not in the folder: s5" in summary
+    assert "      1  line without slide and patient: t.csv line 9" in summary
 
 
 def test_any_file_name_comes_through_to_the_configuration(tmp_path: Path) -> None:
