@@ -88,7 +88,7 @@ class Config:
 
 
 def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> Config:
-    """Check a parsed config.yaml and its slide sheets, and resolve them.
+    """Check a parsed config.yaml and its slide sheets, and resolve them. Its models stand beside the named ones.
 
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong value and bad sheet line.
