@@ -69,6 +69,8 @@ def read_sheet(
         table = pd.read_csv(sheet, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         return {}, [f"{sheet} is not a CSV file in UTF-8: {error}"]
+    if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
+        return {}, [f"{sheet}: the lines have more cells than the first one has names; quote cells with commas"]
     problems = list(_column_problems(sheet, list(table.columns)))
     if problems:
         return {}, problems

@@ -14,7 +14,6 @@ The columns of any other table can be named. Tables are CSV or TSV in UTF-8, wit
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -100,6 +99,8 @@ def read_label_table(path: Path, form: str | None = None, columns: Mapping[str, 
     found = [str(name) for name in table.columns]
     named: dict[str, Any] = {role: name for role, name in (columns or {}).items() if name in found}
     chosen = replace(_form(path, found, form, named), **named)
+    if columns and "label" in columns and "label" not in named:
+        chosen = replace(chosen, label="", left=False)  # the label is in another table
     if missing := sorted(chosen.required() - set(found)):
         raise SheetError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {_listed(found)}")
     if chosen.left and not chosen.label:
@@ -134,12 +135,14 @@ def _read(path: Path) -> pd.DataFrame:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
         delimiter = max("\t;,", key=header.count)
-        return pd.read_csv(
+        table = pd.read_csv(
             path, sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig",
-            quoting=csv.QUOTE_MINIMAL,
         )  # fmt: skip
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise SheetError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error
+    if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
+        raise SheetError(f"{path}: the lines have more cells than the first one has names; quote cells with commas")
+    return table
 
 
 def _form(path: Path, found: Sequence[str], wanted: str | None, named: dict[str, Any]) -> Form:

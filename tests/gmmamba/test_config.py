@@ -170,6 +170,11 @@ def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
     assert "unknown column 'mppp', did you mean 'mpp'?" in text
 
 
+def test_cells_without_a_column_are_an_error(tmp_path: Path) -> None:
+    text = problems(good_config(write_sheet(tmp_path, [row + "," for row in good_rows()])))
+    assert "slides.csv: the lines have more cells than the first one has names" in text
+
+
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
 
 

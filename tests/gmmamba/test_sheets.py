@@ -142,11 +142,27 @@ def test_every_form_gives_the_same_sheet(tmp_path: Path, form: str) -> None:
         (["case_id,slide_id,label", "1,2,3"], "klam", r"unknown form 'klam'; the forms are clam, slideflow"),
         (["case_id,slide_id,label,split_info", "1,2,3,fold1"], None, r"line 2: split_info 'fold1' is none of"),
         ([""], None, "not a CSV or TSV file"),
+        (["case_id,slide_id,label", "1,2,duct, NOS"], None, "more cells than the first one has names"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, lines: list[str], form: str, message: str) -> None:
     with pytest.raises(SheetError, match=f"(?s){message}"):
         read_label_table(table(tmp_path / "t.csv", *lines), form)
+
+
+def test_projects_are_labels_where_the_sample_sheet_is_asked_for_them(tmp_path: Path) -> None:
+    touch(tmp_path / "slides", f"u1/{A}-01Z-00-DX1.AAAA.svs", f"u2/{C}-01Z-00-DX1.BBBB.svs")
+    samples = table(
+        tmp_path / "gdc_sample_sheet.tsv",
+        "File ID\tFile Name\tProject ID\tCase ID",
+        f"1\t{A}-01Z-00-DX1.AAAA.svs\tTCGA-LUAD\t{A}",
+        f"2\t{C}-01Z-00-DX1.BBBB.svs\tTCGA-LUSC\t{C}",
+    )
+    clinical = table(tmp_path / "clinical.tsv", "case_submitter_id\tprimary_diagnosis", f"{A}\tAdenocarcinoma, NOS")
+    for tables in ([samples], [samples, clinical]):
+        sheet = build_sheet(tmp_path / "slides", tables, columns={"label": "Project ID"}, mapping={"TCGA-LUAD": "LUAD"})
+        assert [row.label for row in sheet.rows] == ["LUAD", ""]
+        assert sheet.rows[1].exclude == "label 'TCGA-LUSC' is not mapped to a class"
 
 
 def test_which_column_is_the_label_is_asked_and_not_guessed(tmp_path: Path) -> None:
