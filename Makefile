@@ -26,6 +26,7 @@ lint: $(VENV)/installed
 # Hours on two cores; a short run: .venv/bin/python -m benchmarks.model --sizes 1000,4000 --groups 10
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.model --write docs/performance.md
+	$(BIN)/python -m benchmarks.dag --write docs/performance.md
 
 # The embedded cohort is drawn by the project; its sheet is written last.
 results/demo/cohort/slides.csv: | $(VENV)/installed

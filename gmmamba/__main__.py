@@ -9,8 +9,18 @@ import argparse
 import json
 import logging
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from slidestore.warm_start import run_warm, usage
+
+MODELLING = [
+    "gmmamba.training", "gmmamba.models.gmmamba", "gmmamba.models.scan_numba", "zarr",
+    "torch._inductor",  # imported by torch.use_deterministic_algorithms
+]  # fmt: skip
+"""What training and prediction import sooner or later: ten seconds of CPU."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,9 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help_text: str) -> argparse.ArgumentParser:
+    def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, preload=preload)
         return sub
 
     sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
@@ -71,19 +81,19 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("train", train, "train one experiment on one fold with one seed")
+    sub = command("train", train, "train one experiment on one fold with one seed", MODELLING)
     add_run(sub)
     sub.add_argument("--experiment", type=json.loads, required=True)
     sub.add_argument("--output", type=Path, required=True, help="folder for the model and its history")
     sub.add_argument("--cache-mb", type=int, default=2000, help="features that stay in memory between epochs, in MB")
 
-    sub = command("predict-fold", predict_fold, "predict the validation and test slides of one fold")
+    sub = command("predict-fold", predict_fold, "predict the validation and test slides of one fold", MODELLING)
     add_run(sub)
     sub.add_argument("--model", type=Path, required=True, help="folder of the trained model")
     sub.add_argument("--predictions", type=Path, required=True)
     sub.add_argument("--attention", type=Path, required=True)
 
-    sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds")
+    sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds", ["gmmamba.evaluation"])
     sub.add_argument("--classes", type=json.loads, required=True)
     sub.add_argument("--predictions", type=Path, nargs="+", required=True)
     sub.add_argument("--output", type=Path, required=True)
@@ -106,11 +116,19 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
     sub.add_argument("--device", default="cpu")
 
+    start = time.monotonic()
     options = parser.parse_args(arguments)
+    if options.preload and arguments is None:
+        status = run_warm("gmmamba", sys.argv[1:], options.preload)
+        if status is not None:
+            return status
     logging.basicConfig(format="%(message)s")
     logging.getLogger("gmmamba").setLevel(logging.INFO)  # not that of every library
     try:
-        return int(options.run(options) or 0)
+        status = options.run(options) or 0
+        if options.preload:
+            logging.getLogger("gmmamba").info("%.1f s, %s", time.monotonic() - start, usage())
+        return status
     except user_errors() as error:
         print(f"gmmamba {options.command}: {error}", file=sys.stderr)
         return 1

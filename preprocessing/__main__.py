@@ -3,9 +3,12 @@
 import argparse
 import json
 import logging
+import sys
+import time
 from pathlib import Path
 
 from slidestore.settings import from_dict
+from slidestore.warm_start import run_warm, usage
 
 # Each command imports its own stage: torch, which `encode` needs, costs the others seconds.
 
@@ -38,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(required=True, metavar="COMMAND")
 
     command = commands.add_parser("tile", help="find tissue and lay a grid of patches over it")
-    command.set_defaults(run=tile)
+    command.set_defaults(run=tile, preload=["preprocessing.tile"])
     command.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM slide")
     command.add_argument("--slide-id", required=True)
     command.add_argument("--cohort", required=True)
@@ -51,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--mask", type=Path, required=True, help="to write, .png")
 
     command = commands.add_parser("encode", help="turn the patches of a tiled slide into features")
-    command.set_defaults(run=encode)
+    command.set_defaults(run=encode, preload=["preprocessing.encode", "zarr"])
     command.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM slide")
     command.add_argument("--coords", type=Path, required=True, help="from tile")
     command.add_argument("--record", type=Path, required=True, help="from tile")
@@ -60,18 +63,23 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--threads", type=int, default=1, help="of the network and of the readers, each")
 
     command = commands.add_parser("demo-cohort", help="generate the slides of the demo")
-    command.set_defaults(run=demo_cohort)
+    command.set_defaults(run=demo_cohort, preload=[])
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--slides", type=int, default=30)
     command.add_argument("--seed", type=int, default=0)
     return main
 
 
-def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
+def main() -> int:
+    start = time.monotonic()
     args = parser().parse_args()
+    if args.preload and (status := run_warm("preprocessing", sys.argv[1:], args.preload)) is not None:
+        return status
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     args.run(args)
+    logging.info("%.1f s, %s", time.monotonic() - start, usage())
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

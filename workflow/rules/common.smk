@@ -1,6 +1,7 @@
 """What the rules share: the checked configuration, wildcards held to known values, inputs and params by name."""
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ sys.path.insert(0, workflow.basedir)
 from gmmamba.config import ConfigError, load_config
 from gmmamba.fingerprint import code_digest
 from gmmamba.models import MODELS
+from slidestore.warm_start import OWNER
 
 try:
     CONFIG = load_config(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
@@ -20,8 +22,11 @@ except ConfigError as error:
 
 
 def environment():
-    """Shell code before every job: this checkout's packages, and without conda the Python that runs Snakemake."""
+    """Shell code before every job: this checkout's packages, whose warm processes jobs fork from, and without conda the
+    Python that runs Snakemake."""
     lines = [f'export PYTHONPATH="{workflow.basedir}"']
+    if OWNER not in os.environ:  # set but empty: every job by itself
+        lines.append(f"export {OWNER}={os.getpid()}")
     if not workflow.deployment_settings.deployment_method:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "

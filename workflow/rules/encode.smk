@@ -8,8 +8,6 @@ rule encode_slide:
         "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
     log:
         "results/{cohort}/logs/encode/{encoder}/{slide}.log",
-    benchmark:
-        "results/{cohort}/benchmarks/encode/{encoder}/{slide}.tsv"
     conda:
         "../../envs/preprocessing.yaml"
     threads: 1

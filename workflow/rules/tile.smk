@@ -8,8 +8,6 @@ rule tile_slide:
         mask="results/{cohort}/tiles/{slide}.mask.png",
     log:
         "results/{cohort}/logs/tile/{slide}.log",
-    benchmark:
-        "results/{cohort}/benchmarks/tile/{slide}.tsv"
     conda:
         "../../envs/preprocessing.yaml"
     resources:

@@ -9,8 +9,6 @@ rule train:
         history="results/{dataset}/{experiment}/fold{fold}_seed{seed}/history.csv",
     log:
         "results/{dataset}/logs/train/{experiment}/fold{fold}_seed{seed}.log",
-    benchmark:
-        "results/{dataset}/benchmarks/train/{experiment}/fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/gmmamba.yaml"
     threads: 1
@@ -41,8 +39,6 @@ rule predict:
         attention="results/{dataset}/{experiment}/fold{fold}_seed{seed}/attention.npz",
     log:
         "results/{dataset}/logs/predict/{experiment}/fold{fold}_seed{seed}.log",
-    benchmark:
-        "results/{dataset}/benchmarks/predict/{experiment}/fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/gmmamba.yaml"
     threads: 1
