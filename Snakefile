@@ -8,6 +8,10 @@ if not workflow.configfiles:
     configfile: "config.yaml"
 
 
+# With --sdm conda apptainer: the image that holds the environments of envs/ (docs/environments.md)
+containerized: f"{workflow.basedir}/envs/gmmamba.sif"
+
+
 include: "workflow/rules/common.smk"
 include: "workflow/rules/tile.smk"
 include: "workflow/rules/encode.smk"
@@ -25,3 +29,8 @@ rule all:
         group_files(),
         reports(),
     localrule: True
+
+
+onstart:
+    if ONE_MACHINE and not HAS_GPU:
+        print("No GPU on this machine: encoding, training and prediction run on the CPU.", file=sys.stderr)

@@ -1,5 +1,3 @@
 """GMMamba: whole-slide-image classification, from features to report."""
 
-from importlib.metadata import version
-
-__version__ = version("gmmamba")
+from slidestore import __version__ as __version__

@@ -23,7 +23,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from gmmamba import figures
+from gmmamba import __version__, figures
 from gmmamba.evaluation import probabilities_of, read_predictions
 from gmmamba.metrics import METRICS
 from gmmamba.splits import PARTS, read_slide_tables
@@ -41,7 +41,7 @@ METRIC_NAMES = {
     "auprc": "AUPRC",
 }
 COUNTS = ("in_sheet", "excluded", "failed", "not_tested", "predicted")
-PACKAGES = ("gmmamba", "numpy", "scikit-learn", "pandas", "zarr")
+PACKAGES = ("numpy", "scikit-learn", "pandas", "zarr")
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def report(
         ],
         kept={name: [run.card["best_epoch"] for run in rs] for name, rs in runs.items()},
         config=json.dumps({"encoder": encoder, **config, "experiments": experiments}, indent=2),
-        versions={"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+        versions={"python": platform.python_version(), "gmmamba": __version__} | {p: version(p) for p in PACKAGES},
         trained_on=sorted({f"{r.card['device']}, torch {r.card['torch_version']}" for rs in runs.values() for r in rs}),
     )  # fmt: skip
     with replace_when_whole(table) as part:

@@ -1,11 +1,5 @@
 """Slides to patches (`tile`) to features (`encode`); imports slidestore, never gmmamba."""
 
-from importlib.metadata import PackageNotFoundError, version
+from slidestore import __version__
 
-
-def created_by() -> str:
-    """The program and its version, as it stands in every record and store."""
-    try:
-        return f"gmmamba {version('gmmamba')}"
-    except PackageNotFoundError:
-        return "gmmamba (run from its source folder, not installed)"
+CREATED_BY = f"gmmamba {__version__}"  # as it stands in every record and store

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from preprocessing import created_by
+from preprocessing import CREATED_BY
 from preprocessing.encoders import Encoder, EncoderSettings
 from preprocessing.errors import SlideError
 from preprocessing.slide import Slide, open_slide, resize
@@ -130,6 +130,6 @@ def attributes_of(
         encoder_weights_sha256=weights_sha256,
         tiling_hash=record["tiling_hash"],
         source=record["source"],
-        created_by=created_by(),
+        created_by=CREATED_BY,
         failure=failure,
     )

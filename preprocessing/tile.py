@@ -22,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 
-from preprocessing import created_by
+from preprocessing import CREATED_BY
 from preprocessing.errors import SlideError
 from preprocessing.slide import Slide, describe_file, find_file, magnification, open_slide, resize
 from preprocessing.tissue import Tissue, find_tissue
@@ -93,7 +93,7 @@ def tile_slide(
         "settings": asdict(settings),
         "tiling_hash": "",
         "warnings": [],
-        "created_by": created_by(),
+        "created_by": CREATED_BY,
     }
     coords = np.empty((0, 2), np.int32)
     thumbnail = picture = None

@@ -3,8 +3,8 @@
 Importing torch and timm takes seconds of CPU, often more than the job's own work, and a cohort is thousands of jobs. So
 the first job of a Snakemake run starts a *warm process* for its command, and every job runs in a fork of it: with its
 own memory, environment, working directory and output, so that a job that breaks breaks alone. The warm process belongs
-to one Snakemake process (on a cluster: to the one inside a submitted job) and ends with it, or after half a minute
-without work.
+to one Snakemake process (on a cluster: to the one inside a submitted job) and ends with it, its jobs too, or after half
+a minute without work.
 
 `GMMAMBA_WARM_START` holds the pid of that Snakemake process; without it, or where forking is unsafe (macOS), commands
 run in their own process as usual. Standard library only: the client is what every job has to import.
@@ -192,8 +192,8 @@ def serve(listening: socket.socket, owner: int) -> None:
                         selector.unregister(connection)
                     with suppress(BrokenPipeError, ConnectionResetError):
                         connection.sendall(f"{status}\n".encode())
-            if not jobs and (time.monotonic() - last > IDLE_SECONDS or not _alive(owner)):
-                return
+            if not _alive(owner) or (not jobs and time.monotonic() - last > IDLE_SECONDS):
+                return  # jobs of a Snakemake that was killed end here: nobody would record their results
 
 
 def _ended() -> Iterator[tuple[int, int]]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,7 +24,7 @@ CODE = ("Snakefile", "workflow", "config", "envs", "gmmamba", "preprocessing", "
 FOLDS = 3
 
 CONFIG = {
-    "cohorts": {"a": {"sheet": "a/slides.csv"}},
+    "cohorts": {"a": {"sheet": "a/slides.csv"}, "b": {"sheet": "slides.csv"}},
     "tiling": {"patch_px": 64, "mpp": 0.5},
     "encoders": {"tiny": {"model": "resnet18", "weights": "random", "batch_size": 16}},
     "datasets": {
@@ -37,16 +40,23 @@ CONFIG = {
     "max_failed_share": 0.2,
 }
 GOOD = [f"s{i}" for i in range(10)]
+OTHER = ["x0", "x1"]  # of cohort b, which is in no dataset
+FILES = {  # names that a shell, a parser or Snakemake could take for something else
+    "s0": "with space.tif", "s1": "it's.tif", "s2": 'double"quote.tif', "s3": "; touch stolen; .tif",
+    "s4": "$(touch stolen).tif", "s5": "Präparat 漢字.tif", "s6": "--help.tif", "s7": "{slide}.tif", "x0": "-x0.tif",
+}  # fmt: skip
 
 
 def write_cohort(folder: Path, names: list[str]) -> None:
     """Slides of 512 x 448 px; positives have dark nuclei. The sheet's labels alternate, one patient a slide."""
-    rows = ["slide_id,patient_id,label,path"]
+    rows = [["slide_id", "patient_id", "label", "path"]]
     for i, name in enumerate(names):
         label = "tumour" if i % 2 else "normal"
-        write_aperio(folder / f"{name}.tif", tissue(512, 448, seed=i, dark=bool(i % 2)))
-        rows.append(f"{name},{folder.name}-{name},{label},{name}.tif")
-    (folder / "slides.csv").write_text("\n".join(rows) + "\n")
+        file = FILES.get(name, f"{name}.tif")
+        write_aperio(folder / file, tissue(512, 448, seed=i, dark=bool(i % 2)))
+        rows.append([name, f"{folder.name}-{name}", label, file])
+    with (folder / "slides.csv").open("w", newline="") as sheet:
+        csv.writer(sheet).writerows(rows)
 
 
 def snakemake(project: Path, *options: str, code: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -75,9 +85,16 @@ def edit(project: Path, change: Callable[[dict], object]) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A project with results: ten good slides and one truncated file."""
+    """A project with results: ten good slides and one truncated file, and a cohort of two beside the config.
+
+    A scanner's clock and that of whoever wrote a sheet were a day ahead.
+    """
     project = tmp_path_factory.mktemp("project")
     write_cohort(project / "a", [*GOOD, "broken", "spare"])
+    write_cohort(project, OTHER)
+    tomorrow = time.time() + 86400
+    for path in (project / "a" / FILES["s2"], project / "a/slides.csv"):
+        os.utime(path, (tomorrow, tomorrow))
     broken = project / "a" / "broken.tif"
     broken.write_bytes(broken.read_bytes()[:3000])
     sheet = project / "a" / "slides.csv"
@@ -118,10 +135,22 @@ def slides(rule: str, *names: str, cohort: str = "a") -> set[str]:
 
 
 EXPERIMENTS = ("gmmamba", "gmmamba2", "mean")
-ACCOUNT = {"account_cohort cohort=a, encoder=tiny"}
-GROUP = {"group_cohort cohort=a, grouping=location-3"}
 SPLIT = {"split_dataset dataset=d"}
 ALL_SLIDES = (*GOOD, "broken")
+
+
+def account(*cohorts: str) -> set[str]:
+    return {f"account_cohort cohort={cohort}, encoder=tiny" for cohort in cohorts}
+
+
+def group(*cohorts: str, groups: int = 3) -> set[str]:
+    return {f"group_cohort cohort={cohort}, grouping=location-{groups}" for cohort in cohorts}
+
+
+TILE = slides("tile_slide", *ALL_SLIDES) | slides("tile_slide", *OTHER, cohort="b")
+ENCODE = slides("encode_slide", *ALL_SLIDES) | slides("encode_slide", *OTHER, cohort="b")
+ACCOUNT, GROUP = account("a", "b"), group("a", "b")
+EVERYTHING = TILE | ENCODE | ACCOUNT | GROUP | SPLIT | after_training(*EXPERIMENTS)
 
 
 def test_every_slide_is_accounted_for(finished: Path) -> None:
@@ -133,6 +162,7 @@ def test_every_slide_is_accounted_for(finished: Path) -> None:
     assert open_store(finished / "results/a/features/tiny/broken.zarr.zip").attributes.failure is not None
     splits = pd.read_csv(finished / "results/d/splits.csv")
     assert sorted(splits.slide_id) == sorted(GOOD)
+    assert not list(finished.rglob("stolen")), "a slide's name was run as a command"
 
 
 def test_results_hang_together(finished: Path) -> None:
@@ -154,6 +184,7 @@ def test_results_hang_together(finished: Path) -> None:
 
 
 def test_nothing_to_be_done_the_second_time(finished: Path) -> None:
+    """Also where a slide and a sheet are dated later than all that was made of them."""
     assert plan(finished) == set()
 
 
@@ -164,31 +195,32 @@ def test_learning_rate_of_one_experiment(project: Path) -> None:
 
 def test_number_of_groups_of_one_experiment(project: Path) -> None:
     edit(project, lambda c: c["experiments"]["gmmamba2"].update(overrides={"groups": 4}))
-    assert plan(project) == {"group_cohort cohort=a, grouping=location-4"} | after_training("gmmamba2")
+    assert plan(project) == group("a", "b", groups=4) | after_training("gmmamba2")
 
 
 def test_tissue_threshold_of_one_cohort(project: Path) -> None:
     edit(project, lambda c: c["cohorts"]["a"].update(tiling={"saturation_threshold": 20}))
     assert plan(project) == (
-        slides("tile_slide", *ALL_SLIDES) | slides("encode_slide", *ALL_SLIDES) | ACCOUNT | GROUP | SPLIT
+        slides("tile_slide", *ALL_SLIDES) | slides("encode_slide", *ALL_SLIDES) | account("a") | group("a") | SPLIT
         | after_training(*EXPERIMENTS)
     )  # fmt: skip
 
 
 def test_encoder(project: Path) -> None:
     edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
-    assert plan(project) == slides("encode_slide", *ALL_SLIDES) | ACCOUNT | SPLIT | after_training(*EXPERIMENTS)
+    assert plan(project) == EVERYTHING - TILE - GROUP
 
 
 def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
     edit(project, lambda c: c["experiments"]["gmmamba2"].update(overrides={"grouping": "features"}))
-    run = snakemake(project, "--show-failed-logs", "results/a/groups/tiny/features-3.npz")
+    groups = [f"results/{cohort}/groups/tiny/features-3.npz" for cohort in "ab"]
+    run = snakemake(project, "--show-failed-logs", *groups)
     assert run.returncode == 0, run.stdout + run.stderr
     assert plan(project) == after_training("gmmamba2")
     edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
     assert plan(project) == (
-        slides("encode_slide", *ALL_SLIDES) | ACCOUNT | SPLIT | after_training(*EXPERIMENTS)
-        | {"group_cohort_by_features cohort=a, encoder=tiny, groups=3"}
+        EVERYTHING - TILE - GROUP | {"group_cohort_by_features cohort=a, encoder=tiny, groups=3",
+                                     "group_cohort_by_features cohort=b, encoder=tiny, groups=3"}
     )  # fmt: skip
 
 
@@ -196,17 +228,26 @@ def test_one_more_slide(project: Path) -> None:
     with (project / "a/slides.csv").open("a") as sheet:
         sheet.write("spare,a-spare,normal,spare.tif\n")
     assert plan(project) == (
-        slides("tile_slide", "spare") | slides("encode_slide", "spare") | ACCOUNT | GROUP | SPLIT
+        slides("tile_slide", "spare") | slides("encode_slide", "spare") | account("a") | group("a") | SPLIT
+        | after_training(*EXPERIMENTS)
+    )  # fmt: skip
+
+
+def test_another_file_in_a_slide_s_place(project: Path) -> None:
+    """Its date alone tells, even when it is older than the old one."""
+    write_aperio(project / "a" / FILES["s2"], tissue(512, 448, seed=77))
+    assert plan(project) == (
+        slides("tile_slide", "s2") | slides("encode_slide", "s2") | account("a") | group("a") | SPLIT
         | after_training(*EXPERIMENTS)
     )  # fmt: skip
 
 
 def test_new_cohort_outside_the_dataset(project: Path) -> None:
-    write_cohort(project / "b", ["x", "y"])
-    edit(project, lambda c: c["cohorts"].update(b={"sheet": "b/slides.csv"}))
+    write_cohort(project / "c", ["y", "z"])
+    edit(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
     assert plan(project) == (
-        slides("tile_slide", "x", "y", cohort="b") | slides("encode_slide", "x", "y", cohort="b")
-        | {"account_cohort cohort=b, encoder=tiny", "group_cohort cohort=b, grouping=location-3"}
+        slides("tile_slide", "y", "z", cohort="c") | slides("encode_slide", "y", "z", cohort="c")
+        | account("c") | group("c")
     )  # fmt: skip
 
 
@@ -226,6 +267,14 @@ def test_report_setting(project: Path) -> None:
     assert plan(project) == {"report dataset=d"}
 
 
+def test_without_a_gpu_the_same_command_runs_and_says_so_once(project: Path) -> None:
+    edit(project, lambda c: c.update(report={"title": "Another title"}))
+    run = snakemake(project, "--resources", "gpu=1")
+    assert run.returncode == 0, run.stdout + run.stderr
+    has_gpu = any(Path("/dev").glob("nvidia[0-9]*"))
+    assert (run.stdout + run.stderr).count("No GPU on this machine") == (0 if has_gpu else 1)
+
+
 @pytest.fixture
 def code(tmp_path: Path) -> Path:
     """A copy of the program, to edit."""
@@ -239,13 +288,31 @@ def code(tmp_path: Path) -> Path:
     return tmp_path / "code"
 
 
-def test_a_comment_runs_nothing_and_changed_code_its_stage_and_after(project: Path, code: Path) -> None:
+def test_a_comment_runs_nothing(project: Path, code: Path) -> None:
     for path in code.rglob("*.py"):
         path.write_text(path.read_text() + "\n\n# a remark\n")
     assert plan(project, code) == set()
-    grouping = code / "gmmamba" / "grouping.py"
-    grouping.write_text(grouping.read_text() + "\n\nCHANGED = True\n")
-    assert plan(project, code) == GROUP | after_training("gmmamba", "gmmamba2")
+
+
+STAGES = {  # module -> what its change makes run
+    "preprocessing/tile.py": EVERYTHING,
+    "preprocessing/encode.py": EVERYTHING - TILE - GROUP,
+    "gmmamba/accounting.py": ACCOUNT | SPLIT | after_training(*EXPERIMENTS),
+    "gmmamba/grouping.py": GROUP | after_training("gmmamba", "gmmamba2"),
+    "gmmamba/splits.py": ACCOUNT | SPLIT | after_training(*EXPERIMENTS),
+    "gmmamba/training.py": after_training(*EXPERIMENTS),
+    "gmmamba/models/css.py": after_training("gmmamba", "gmmamba2"),
+    "gmmamba/evaluation.py": {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"report dataset=d"},
+    "gmmamba/report.py": {"report dataset=d"},
+    "gmmamba/verify.py": set(),
+}
+
+
+@pytest.mark.parametrize("module", STAGES)
+def test_changed_code_runs_its_stage_and_what_follows(project: Path, code: Path, module: str) -> None:
+    path = code / module
+    path.write_text(path.read_text() + "\n\nCHANGED = True\n")
+    assert plan(project, code) == STAGES[module]
 
 
 def test_a_wrong_key_stops_before_any_job(project: Path) -> None:

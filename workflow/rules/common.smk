@@ -1,5 +1,6 @@
 """What the rules share: the checked configuration, wildcards held to known values, inputs and params by name."""
 
+import hashlib
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.settings.types import DeploymentMethod
 
 sys.path.insert(0, workflow.basedir)
 
@@ -24,15 +26,25 @@ except ConfigError as error:
 def environment():
     """Shell code before every job: this checkout's packages, whose warm processes jobs fork from, and without conda the
     Python that runs Snakemake."""
+    methods = workflow.deployment_settings.deployment_method
     lines = [f'export PYTHONPATH="{workflow.basedir}"']
-    if OWNER not in os.environ:  # set but empty: every job by itself
+    # Set but empty: every job by itself. In a container, too: its files may go away with the job that started it.
+    if OWNER not in os.environ and DeploymentMethod.APPTAINER not in methods:
         lines.append(f"export {OWNER}={os.getpid()}")
-    if not workflow.deployment_settings.deployment_method:
+    if not methods:
         lines.append(f'export PATH="{Path(sys.executable).parent}:$PATH"')
     return "set -euo pipefail; " + "; ".join(lines) + "; "
 
 
 shell.prefix(environment())
+
+HAS_GPU = any(Path("/dev").glob("nvidia[0-9]*"))
+ONE_MACHINE = workflow.is_main_process and workflow.global_resources["_nodes"].value is None
+
+if ONE_MACHINE and HAS_GPU and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", 1)  # jobs take turns; with --resources gpu=N, N share it
+elif ONE_MACHINE and not HAS_GPU and "gpu" in workflow.global_resources:
+    workflow.register_resource("gpu", workflow.cores)  # there is none to take turns at
 
 
 def one_of(names):
@@ -92,6 +104,17 @@ def slide_file(wildcards):
     return str(slide_row(wildcards).path)
 
 
+def version(path):
+    """Tells a file from its replacement. What users bring is no `input` of a rule: it may be dated in the future, by a
+    scanner's clock or a server's, and would then be newer than whatever was made of it."""
+    status = Path(path).stat()
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def slide_version(wildcards):
+    return version(slide_file(wildcards))
+
+
 def mpp_option(wildcards):
     row = slide_row(wildcards)
     return "" if row.mpp is None else f"--mpp {row.mpp!r} --mpp-source {row.mpp_source}"
@@ -108,14 +131,18 @@ def encoder_settings(wildcards):
     )
 
 
-def encoder_weights(wildcards):
-    """The weights file of an encoder, where it is one: another file of that name is another encoder."""
+def weights_version(wildcards):
+    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
     weights = CONFIG.encoders[wildcards.encoder]["weights"]
-    return [] if weights in ("pretrained", "random") else weights
+    return weights if weights in ("pretrained", "random") else version(weights)
 
 
 def sheet_file(wildcards):
     return str(CONFIG.cohorts[wildcards.cohort].sheet)
+
+
+def sheet_digest(wildcards):
+    return hashlib.sha256(Path(sheet_file(wildcards)).read_bytes()).hexdigest()[:12]
 
 
 def kept_slides(wildcards):

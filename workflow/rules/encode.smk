@@ -1,9 +1,7 @@
 rule encode_slide:
     input:
-        slide=slide_file,
         coords="results/{cohort}/tiles/{slide}.npy",
         record="results/{cohort}/tiles/{slide}.json",
-        weights=encoder_weights,
     output:
         "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
     log:
@@ -15,17 +13,18 @@ rule encode_slide:
         mem_mb=4000,
         gpu=1,
     params:
+        slide=slide_file,
         settings=encoder_settings,
+        weights=weights_version,
         code=code_digest("preprocessing.encode"),
     shell:
-        "python -m preprocessing encode --slide {input.slide:q} --coords {input.coords} --record {input.record}"
+        "python -m preprocessing encode --slide={params.slide:q} --coords {input.coords} --record {input.record}"
         " --settings {params.settings:q} --threads {threads} --output {output} > {log} 2>&1"
 
 
 rule account_cohort:
     input:
-        sheet=sheet_file,
-        stores=cohort_stores,
+        cohort_stores,
     output:
         "results/{cohort}/features/{encoder}.csv",
     log:
@@ -33,11 +32,13 @@ rule account_cohort:
     conda:
         "../../envs/gmmamba.yaml"
     params:
+        sheet=sheet_file,
+        content=sheet_digest,
         tiles="results/{cohort}/tiles",
         stores="results/{cohort}/features/{encoder}",
         max_failed_share=CONFIG.max_failed_share,
         code=code_digest("gmmamba.accounting"),
     shell:
-        "python -m gmmamba account --cohort {wildcards.cohort} --sheet {input.sheet:q} --tiles {params.tiles}"
+        "python -m gmmamba account --cohort {wildcards.cohort} --sheet={params.sheet:q} --tiles {params.tiles}"
         " --stores {params.stores} --encoder {wildcards.encoder} --max-failed-share {params.max_failed_share}"
         " --output {output} > {log} 2>&1"

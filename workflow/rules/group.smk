@@ -1,7 +1,6 @@
 rule group_cohort:
     input:
-        sheet=sheet_file,
-        coords=cohort_tiles,
+        cohort_tiles,
     output:
         "results/{cohort}/groups/{grouping}.npz",
     log:
@@ -9,17 +8,17 @@ rule group_cohort:
     conda:
         "../../envs/gmmamba.yaml"
     params:
+        sheet=sheet_file,
         tiles="results/{cohort}/tiles",
         code=code_digest("gmmamba.grouping"),
     shell:
-        "python -m gmmamba group --cohort {wildcards.cohort} --sheet {input.sheet:q} --tiles {params.tiles}"
+        "python -m gmmamba group --cohort {wildcards.cohort} --sheet={params.sheet:q} --tiles {params.tiles}"
         " --grouping {wildcards.grouping} --output {output} > {log} 2>&1"
 
 
 rule group_cohort_by_features:
     input:
-        sheet=sheet_file,
-        stores=cohort_stores,
+        cohort_stores,
     output:
         "results/{cohort}/groups/{encoder}/features-{groups}.npz",
     log:
@@ -29,9 +28,10 @@ rule group_cohort_by_features:
     conda:
         "../../envs/gmmamba.yaml"
     params:
+        sheet=sheet_file,
         stores="results/{cohort}/features/{encoder}",
         code=code_digest("gmmamba.grouping"),
     shell:
-        "python -m gmmamba group-by-features --cohort {wildcards.cohort} --sheet {input.sheet:q}"
+        "python -m gmmamba group-by-features --cohort {wildcards.cohort} --sheet={params.sheet:q}"
         " --stores {params.stores} --encoder {wildcards.encoder} --groups {wildcards.groups}"
         " --output {output} > {log} 2>&1"

@@ -1,6 +1,4 @@
 rule tile_slide:
-    input:
-        slide=slide_file,
     output:
         coords="results/{cohort}/tiles/{slide}.npy",
         record="results/{cohort}/tiles/{slide}.json",
@@ -13,10 +11,12 @@ rule tile_slide:
     resources:
         mem_mb=2000,
     params:
+        slide=slide_file,
+        version=slide_version,
         settings=tiling_settings,
         mpp=mpp_option,
         code=code_digest("preprocessing.tile"),
     shell:
-        "python -m preprocessing tile --slide {input.slide:q} --slide-id {wildcards.slide} --cohort {wildcards.cohort}"
+        "python -m preprocessing tile --slide={params.slide:q} --slide-id {wildcards.slide} --cohort {wildcards.cohort}"
         " --settings {params.settings:q} {params.mpp} --coords {output.coords} --record {output.record}"
         " --thumbnail {output.thumbnail} --mask {output.mask} > {log} 2>&1"
