@@ -39,6 +39,22 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
     sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
 
+    sub = command("sheet", sheet, "make the slide sheet of a cohort from a folder of slides and a label table")
+    sub.add_argument("--slides", type=Path, required=True, metavar="FOLDER")
+    sub.add_argument(
+        "--labels", type=Path, required=True, nargs="+", metavar="TABLE", help="CSV or TSV; several join up"
+    )
+    sub.add_argument(
+        "--form", help="form of the tables, where their columns do not show it (see gmmamba/label_tables.py)"
+    )
+    for role in ("patient", "slide", "label", "split"):
+        sub.add_argument(f"--{role}-column", metavar="NAME", help=f"column of the tables with the {role}")
+    sub.add_argument("--map", type=label_class, nargs="+", action="extend", default=[], metavar="LABEL=CLASS",
+                     help="classes for the labels of the tables; slides of other labels are excluded")  # fmt: skip
+    sub.add_argument("--frozen", action="store_true", help="frozen TCGA sections take part too")
+    sub.add_argument("--all-names", action="store_true", help="name every slide in what is printed, not five of a kind")
+    sub.add_argument("--output", type=Path, required=True, metavar="SHEET")
+
     sub = command("account", account, "slide table of a cohort: what became of every row of its sheet")
     add_cohort(sub)
     add_tiles(sub)
@@ -122,10 +138,19 @@ def user_errors() -> tuple[type[Exception], ...]:
     """What a user can mend: shown as a message. Everything else keeps its traceback."""
     from gmmamba.accounting import TooManyFailedError
     from gmmamba.config import ConfigError
+    from gmmamba.label_tables import SheetError
     from gmmamba.splits import SplitError
     from slidestore import StoreError
 
-    return (ConfigError, SplitError, StoreError, TooManyFailedError, FileNotFoundError, FloatingPointError)
+    return (ConfigError, SheetError, SplitError, StoreError, TooManyFailedError, FileNotFoundError, FloatingPointError)
+
+
+def label_class(text: str) -> tuple[str, str]:
+    """LABEL=CLASS"""
+    label, equals, name = text.rpartition("=")
+    if not (label and equals and name):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=CLASS")
+    return label.strip(), name.strip()
 
 
 def cohort_file(text: str) -> tuple[str, Path]:
@@ -174,6 +199,16 @@ def check_config(options: argparse.Namespace) -> None:
         print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
     for (dataset, name), experiment in config.experiments.items():
         print(f"experiment {dataset}/{name}: {json.dumps(experiment.as_dict())}")
+
+
+def sheet(options: argparse.Namespace) -> None:
+    from gmmamba.sheets import build_sheet, write_sheet
+
+    roles = ("patient", "slide", "label", "split")
+    columns = {role: name for role in roles if (name := getattr(options, f"{role}_column")) is not None}
+    made = build_sheet(options.slides, options.labels, options.form, columns, dict(options.map), options.frozen)
+    write_sheet(made, options.output)
+    print(made.summary(options.all_names))
 
 
 def sheet_slides(options: argparse.Namespace) -> list[Any]:

@@ -1,7 +1,7 @@
 """The slide table of a cohort: what became of every row of its sheet.
 
 Reads the sheet, the tile records and the stores; writes ``results/{cohort}/features/{encoder}.csv`` with columns
-``slide_id, patient_id, label, split, status, reason, n_patches, store, thumbnail, tile_record``.
+``slide_id, patient_id, label, split, site, status, reason, n_patches, store, thumbnail, tile_record``.
 `status` is ``ready``, ``failed`` or ``excluded``. No slide disappears: a failed one stands here with its reason.
 """
 
@@ -16,7 +16,8 @@ from slidestore import open_store
 from slidestore.atomic import replace_when_whole
 
 COLUMNS = [
-    "slide_id", "patient_id", "label", "split", "status", "reason", "n_patches", "store", "thumbnail", "tile_record",
+    "slide_id", "patient_id", "label", "split", "site", "status", "reason", "n_patches", "store", "thumbnail",
+    "tile_record",
 ]  # fmt: skip
 
 
@@ -48,8 +49,8 @@ def account_cohort(
             n_patches, failure = len(store.coords), store.attributes.failure
             status, reason = ("failed", f"{failure['stage']}: {failure['reason']}") if failure else ("ready", "")
         rows.append((
-            slide.slide_id, slide.patient_id, slide.label, slide.split, status, reason, n_patches, store_file,
-            tiles / f"{slide.slide_id}.thumbnail.jpg", tiles / f"{slide.slide_id}.json",
+            slide.slide_id, slide.patient_id, slide.label, slide.split, slide.site, status, reason, n_patches,
+            store_file, tiles / f"{slide.slide_id}.thumbnail.jpg", tiles / f"{slide.slide_id}.json",
         ))  # fmt: skip
     table = pd.DataFrame(rows, columns=COLUMNS)
     failed = table[table.status == "failed"]

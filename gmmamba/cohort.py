@@ -2,7 +2,8 @@
 
 Columns: ``slide_id, patient_id, label, path`` and optional ``mpp`` (µm per pixel of level 0), ``magnification``
 (objective power, taken as mpp = 10 / magnification), ``split`` (train, val, test), ``exclude`` (a reason, or yes) and
-``site``. Paths are absolute or relative to the sheet. Further columns are ignored, unless they look misspelt.
+``site`` (where the slide comes from). Paths are absolute or relative to the sheet. Further columns are ignored, unless
+they look misspelt.
 """
 
 from __future__ import annotations
@@ -16,11 +17,27 @@ from pathlib import Path
 
 import pandas as pd
 
-from gmmamba.splits import PARTS, SplitError, SplitSettings, patient_folds
+from gmmamba.splits import GOES_BY, PARTS, SplitError, SplitSettings, patient_folds
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
 OPTIONAL = ["mpp", "magnification", "split", "exclude", "site"]
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+TORN = {  # what a patient that a split scheme cannot place has, and the remedy
+    "column": ("two parts", "give all slides of a patient the same one"),
+    "external": (
+        "slides on both sides of the split",
+        "fill 'exclude' for those on one side, or, if these are different people, give them different patient_ids",
+    ),
+    "leave_one_cohort_out": (
+        "slides in several cohorts",
+        "fill 'exclude' for those in all but one, or, if these are different people, give them different patient_ids",
+    ),
+    "site_preserved": (
+        "slides from several sites",
+        "give the patient one site, or fill 'exclude' for the slides from the others",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -35,6 +52,7 @@ class Slide:
     mpp: float | None
     mpp_source: str | None  # "sheet" or "config"
     split: str
+    site: str
     exclude: str  # the reason, empty for slides that take part
 
 
@@ -51,6 +69,8 @@ def read_sheet(
         table = pd.read_csv(sheet, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         return {}, [f"{sheet} is not a CSV file in UTF-8: {error}"]
+    if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
+        return {}, [f"{sheet}: the lines have more cells than the first one has names; quote cells with commas"]
     problems = list(_column_problems(sheet, list(table.columns)))
     if problems:
         return {}, problems
@@ -92,7 +112,7 @@ def read_sheet(
             problems.append(f"{place}: split {split!r} is none of {', '.join(PARTS)}")
         slides[slide_id] = Slide(
             slide_id, cells["patient_id"], cells["label"], path, index + 2,
-            scale, source if scale is not None else None, split, exclude,
+            scale, source if scale is not None else None, split, cells.get("site", ""), exclude,
         )  # fmt: skip
     if not slides:
         problems.append(f"{sheet} lists no slide")
@@ -117,34 +137,48 @@ def check_dataset(
 ) -> list[str]:
     """Problems that show only when the sheets of a dataset are put together (`cohorts`: name, sheet, slides)."""
     problems: list[str] = []
-    rows = [(sheet, slide) for _, sheet, slides in cohorts for slide in slides if not slide.exclude]
+    goes_by = GOES_BY.get(split.scheme)
     by_id = defaultdict(list)
-    labels_of: dict[str, dict[str, str]] = defaultdict(dict)
-    for sheet, slide in rows:
-        place = f"{sheet}, line {slide.line}"
-        by_id[slide.slide_id].append(place)
-        if slide.label not in classes:
-            close = difflib.get_close_matches(slide.label, classes, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
-            problems.append(f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}")
-        labels_of[slide.patient_id].setdefault(slide.label, f"{slide.slide_id} ({place})")
-        if split.scheme == "column" and not slide.split:
-            problems.append(f"{place}: slide {slide.slide_id} has no 'split', which datasets.{name} asks for")
+    labels_of: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> label -> the first slide and where it stands
+    given_of: dict[str, dict[str, str]] = defaultdict(dict)  # the same for what the split scheme goes by
+    for cohort, sheet, slides in cohorts:
+        for slide in (slide for slide in slides if not slide.exclude):
+            place = f"{sheet}, line {slide.line}"
+            by_id[slide.slide_id].append(place)
+            if slide.label not in classes:
+                close = difflib.get_close_matches(slide.label, classes, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
+                problems.append(f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}")
+            labels_of[slide.patient_id].setdefault(slide.label, f"{slide.slide_id} ({place})")
+            if goes_by:
+                given = split.goes_by(cohort, slide.split, slide.site)
+                given_of[slide.patient_id].setdefault(given, f"{slide.slide_id} ({place})")
+                if not given:
+                    problems.append(
+                        f"{place}: slide {slide.slide_id} has no {goes_by!r}, which datasets.{name}.split asks for "
+                        f"(scheme {split.scheme})"
+                    )
     for slide_id, places in by_id.items():
         if len(places) > 1:
             problems.append(f"datasets.{name}: slide_id {slide_id!r} is in several cohorts: {'; '.join(places)}")
-    for patient, labels in labels_of.items():
-        if len(labels) > 1:
-            where = "; ".join(f"{label!r} for {slide}" for label, slide in labels.items())
-            problems.append(f"datasets.{name}: patient {patient} has two labels: {where}")
+    problems += _torn_patients(f"datasets.{name}", labels_of, "two labels", "mend the sheet")
+    problems += _torn_patients(f"datasets.{name}.split", given_of, *TORN.get(split.scheme, ("", "")))
     if problems:
         return problems
     patients = {patient: next(iter(labels)) for patient, labels in labels_of.items()}
     problems += [f"datasets.{name}: no slide has the label {c!r}" for c in classes if c not in patients.values()]
     if not problems:
-        given = {slide.patient_id: slide.split for _, slide in rows} if split.scheme == "column" else None
+        given_by_patient = {patient: next(iter(values)) for patient, values in given_of.items()}
         try:
-            patient_folds(patients, classes, split, given)
+            patient_folds(patients, classes, split, given_by_patient)
         except SplitError as error:
             problems.append(f"datasets.{name}: {error}")
     return problems
+
+
+def _torn_patients(where: str, values_of: dict[str, dict[str, str]], what: str, remedy: str) -> Iterator[str]:
+    """The patients with more than one value, of patient -> value -> a slide and its place."""
+    for patient, values in values_of.items():
+        if len(values) > 1:
+            found = "; ".join(f"{value!r} for {slide}" for value, slide in values.items())
+            yield f"{where}: patient {patient} has {what}: {found}; {remedy}"

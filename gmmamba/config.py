@@ -1,8 +1,8 @@
 """The configuration: checked whole before any job starts, and resolved into what each stage needs.
 
-Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml and the slide sheets; writes nothing.
-An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and folds are not part of it,
-so that one more seed trains only that seed.
+Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml, config/models.yaml and the slide sheets; writes
+nothing. An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and folds are not part of
+it, so that one more seed trains only that seed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import yaml
 from gmmamba.cohort import Slide, check_dataset, read_sheet
 from gmmamba.splits import SplitSettings
 
-DEFAULT_SCHEMA = Path(__file__).parents[1] / "workflow" / "schemas" / "config.schema.yaml"
+ROOT = Path(__file__).parents[1]
+DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
+NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration
 RESERVED = ("tiles", "features", "groups", "logs", "benchmarks")  # folders of results/{name}/ that stages own
 
 
@@ -51,7 +53,7 @@ class Dataset:
 
     @property
     def folds(self) -> list[int]:
-        return list(range(1 if self.split.scheme == "column" else self.split.folds))
+        return list(range(self.split.count_folds(self.cohorts)))
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,14 @@ class Config:
 
 
 def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> Config:
-    """Check a parsed config.yaml and its slide sheets, and resolve them.
+    """Check a parsed config.yaml and its slide sheets, and resolve them. Its models stand beside the named ones.
 
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong value and bad sheet line.
     """
     schema = yaml.safe_load(schema_file.read_text())
+    if isinstance(own := raw.get("models", {}), Mapping):
+        raw = {**raw, "models": yaml.safe_load(NAMED_MODELS.read_text())["models"] | dict(own)}
     raise_if(list(schema_problems(raw, schema, schema)) + list(model_problems(raw, schema)))
     settings = with_defaults(raw, schema, schema)
     raise_if(list(reference_problems(settings)))
@@ -216,12 +220,30 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             wanted = settings["cohorts"].get(cohort, {}).get("encoders")
             if wanted is not None and dataset["encoder"] not in wanted:
                 yield f"datasets.{name}.encoder: {dataset['encoder']!r} is not in cohorts.{cohort}.encoders"
+        yield from split_problems(f"datasets.{name}", dataset["cohorts"], dataset["split"])
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
         for dataset in datasets_of(experiment):
             yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
+
+
+def split_problems(where: str, cohorts: list[str], split: dict[str, Any]) -> Iterator[str]:
+    """Test cohorts that the dataset has not, or that its scheme does not use, and too few cohorts for its scheme."""
+    tested = split["test_cohorts"]
+    for cohort in tested:
+        if cohort not in cohorts:
+            yield f"{where}.split.test_cohorts: {cohort!r} is not in {where}.cohorts, {nearest(cohort, cohorts)}"
+    if split["scheme"] == "external":
+        if not tested:
+            yield f"{where}.split: the scheme external needs test_cohorts, some of {', '.join(cohorts)}"
+        elif set(tested) >= set(cohorts):
+            yield f"{where}.split.test_cohorts: all cohorts of the dataset are tested, none is left to train on"
+    elif tested:
+        yield f"{where}.split.test_cohorts: only the scheme external uses them, this one is {split['scheme']}"
+    if split["scheme"] == "leave_one_cohort_out" and len(cohorts) < 2:
+        yield f"{where}.split: leave_one_cohort_out needs two cohorts or more, {where}.cohorts has {len(cohorts)}"
 
 
 def with_defaults(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> Any:

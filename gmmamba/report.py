@@ -105,6 +105,7 @@ def report(
     check_complete(runs, parts)
 
     counts = count_slides(dataset, slides, parts, folds)
+    times_tested = (parts[[f"fold{fold}" for fold in folds]] == "test").sum(axis=1)
     scores = score_table(experiments, results)
     page = _template().render(
         title=chosen.title,
@@ -117,6 +118,7 @@ def report(
         counts=counts.to_dict("records"),
         total={name: int(counts[name].sum()) for name in COUNTS},
         lost=slides[slides["status"] != "ready"].to_dict("records"),
+        tested_again=int((times_tested > 1).sum()),
         split_rows=describe_splits(parts, folds, classes),
         metrics={m: name for m, name in METRIC_NAMES.items() if not scores[f"{m}_mean"].isna().all()},
         scores=format_scores(scores),
@@ -225,7 +227,7 @@ def format_scores(scores: pd.DataFrame) -> list[dict[str, Any]]:
 
 
 def describe_splits(parts: pd.DataFrame, folds: Sequence[int], classes: list[str]) -> list[dict[str, Any]]:
-    """Slides and patients of every part and class, a row a fold."""
+    """Slides and patients of every part and class, a row a fold; and the cohorts tested, where not all are."""
     rows = []
     for fold in folds:
         cells = []
@@ -233,7 +235,9 @@ def describe_splits(parts: pd.DataFrame, folds: Sequence[int], classes: list[str
             for name in classes:
                 members = parts[(parts[f"fold{fold}"] == part) & (parts["label"] == name)]
                 cells.append({"slides": len(members), "patients": members["patient_id"].nunique()})
-        rows.append({"fold": fold, "cells": cells})
+        tested = parts.loc[parts[f"fold{fold}"] == "test", "cohort"].unique().tolist()
+        some = set(tested) < set(parts["cohort"])
+        rows.append({"fold": fold, "cells": cells, "cohorts": tested if some else []})
     return rows
 
 

@@ -33,7 +33,14 @@ def test_data_flows_one_way(package: str) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["gmmamba.config", "gmmamba.models", "gmmamba.fingerprint", "gmmamba.accounting", "preprocessing.tile"],
+    [
+        "gmmamba.config",
+        "gmmamba.models",
+        "gmmamba.fingerprint",
+        "gmmamba.accounting",
+        "gmmamba.sheets",
+        "preprocessing.tile",
+    ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     """Importing torch takes seconds, and a pipeline is thousands of jobs."""

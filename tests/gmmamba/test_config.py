@@ -41,7 +41,11 @@ def good_rows() -> list[str]:
 
 def good_config(sheet: Path) -> dict[str, Any]:
     text = (ROOT / "config.yaml").read_text()
-    return yaml.safe_load(text.replace("results/demo/cohort/slides.csv", str(sheet)))
+    return yaml.safe_load(text.replace("results/demo/cohort/slides.csv", str(sheet))) | {"models": named_models()}
+
+
+def named_models() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "config" / "models.yaml").read_text())["models"]
 
 
 @pytest.fixture
@@ -166,6 +170,11 @@ def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
     assert "unknown column 'mppp', did you mean 'mpp'?" in text
 
 
+def test_cells_without_a_column_are_an_error(tmp_path: Path) -> None:
+    text = problems(good_config(write_sheet(tmp_path, [row + "," for row in good_rows()])))
+    assert "slides.csv: the lines have more cells than the first one has names" in text
+
+
 SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
 
 
@@ -180,7 +189,10 @@ SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text
 )
 def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
     """The same keys and the same defaults for those who use config.yaml and those who use Python."""
-    fields = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    fields = {
+        name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
+    }  # as in YAML
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
 
 
@@ -201,6 +213,17 @@ def test_schema_and_model_agree(method: str) -> None:
     assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected
 
 
+def test_models_of_one_s_own_stand_beside_the_named_ones_or_replace_them(config: dict[str, Any]) -> None:
+    config["experiments"] |= {
+        "a": {"model": "published", "dataset": "demo"},
+        "b": {"model": "groups-2", "dataset": "demo"},
+    }
+    config["models"] = {"groups-2": {"method": "gmmamba", "groups": 2}}
+    experiments = load_config(config).experiments
+    assert experiments["demo", "a"].model["mask"] == "published"
+    assert experiments["demo", "b"].model["mask"] is None  # none of the settings of the one it replaces
+
+
 def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
     config["datasets"]["again"] = config["datasets"]["demo"] | {"split": {"scheme": "kfold", "folds": 3}}
     config["experiments"]["mean"]["dataset"] = ["demo", "again"]
@@ -211,7 +234,7 @@ def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
     assert "experiments.mean.dataset: 'agian' is not in `datasets`, did you mean 'again'?" in problems(config)
 
 
-NAMED = list(yaml.safe_load((ROOT / "config.yaml").read_text())["models"])
+NAMED = list(named_models())
 ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by attention (IMM), its mask, CSS
     "with-bmp": (None, False, False, False),
     "with-lg-bmp": ("location-10", False, False, False),
@@ -224,7 +247,7 @@ ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by att
 
 @pytest.fixture
 def named(config: dict[str, Any]) -> dict[str, Experiment]:
-    """Every model of config.yaml, as training would be given it."""
+    """Every model of config/models.yaml, as training would be given it."""
     config["experiments"] = {name: {"model": name, "dataset": "demo"} for name in NAMED}
     return {name: experiment for (_, name), experiment in load_config(config).experiments.items()}
 
@@ -265,3 +288,65 @@ def test_every_row_of_the_papers_tables_is_a_named_model(named: dict[str, Experi
     assert named["published"].model.items() >= PUBLISHED.items()
     different = {str(dataclasses.replace(experiment, name="")) for experiment in named.values()}
     assert len(different) == len(named)  # no two names for one model
+
+
+@pytest.fixture
+def three_cohorts(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """Cohorts A, B and C of 20 patients each, five a site, and one dataset of them."""
+    sheets = {}
+    for cohort in "ABC":
+        rows = [row.replace("S", cohort).replace("P", f"{cohort}-P") + f",{cohort}{i // 5}"
+                for i, row in enumerate(good_rows())]  # fmt: skip
+        (tmp_path / cohort).mkdir()
+        sheets[cohort] = write_sheet(tmp_path / cohort, rows, "slide_id,patient_id,label,path,site")
+    config["cohorts"] = {cohort: {"sheet": str(sheet)} for cohort, sheet in sheets.items()}
+    config["datasets"]["demo"]["cohorts"] = list("ABC")
+    return config
+
+
+@pytest.mark.parametrize(
+    ("split", "folds"),
+    [
+        ({"scheme": "external", "test_cohorts": ["C"], "folds": 4}, 4),
+        ({"scheme": "leave_one_cohort_out"}, 3),
+        ({"scheme": "site_preserved", "folds": 3}, 3),
+    ],
+)
+def test_several_cohorts_and_a_patient_who_would_be_in_two_parts(
+    three_cohorts: dict[str, Any], tmp_path: Path, split: dict[str, Any], folds: int
+) -> None:
+    three_cohorts["datasets"]["demo"]["split"] = split
+    assert load_config(three_cohorts).datasets["demo"].folds == list(range(folds))
+
+    sheet = tmp_path / "C" / "slides.csv"
+    sheet.write_text(sheet.read_text().replace("C3,C-P3,", "C3,A-P1,"))
+    text = problems(three_cohorts)
+    assert "datasets.demo.split: patient A-P1 has slides " in text
+    assert f"for A1 ({tmp_path / 'A' / 'slides.csv'}, line 3)" in text  # where both stand
+    assert f"for C3 ({sheet}, line 5)" in text
+    assert "fill 'exclude' for" in text  # what to do
+
+
+@pytest.mark.parametrize(
+    ("split", "message"),
+    [
+        ({"scheme": "external"}, "datasets.demo.split: the scheme external needs test_cohorts, some of A, B, C"),
+        ({"scheme": "external", "test_cohorts": ["D"]}, "'D' is not in datasets.demo.cohorts, known: A, B, C"),
+        ({"scheme": "external", "test_cohorts": ["A", "B", "C"]}, "none is left to train on"),
+        ({"test_cohorts": ["A"]}, "only the scheme external uses them, this one is kfold"),
+        ({"scheme": "column"}, "line 2: slide A0 has no 'split', which datasets.demo.split asks for (scheme column)"),
+        ({"scheme": "site_preserved", "folds": 13}, "class 'normal' comes from 12 sites"),
+    ],
+)
+def test_splits_that_cannot_be_are_named(three_cohorts: dict[str, Any], split: dict[str, Any], message: str) -> None:
+    three_cohorts["datasets"]["demo"]["split"] = split
+    assert message in problems(three_cohorts)
+
+
+def test_two_parts_for_a_patient_are_named_before_any_job(tmp_path: Path) -> None:
+    rows = [row + f",{('train', 'val', 'test')[i // 2 % 3]}" for i, row in enumerate(good_rows())]
+    config = good_config(
+        write_sheet(tmp_path, [*rows, "S90,P0,normal,n.svs,test"], "slide_id,patient_id,label,path,split")
+    )
+    config["datasets"]["demo"]["split"] = {"scheme": "column"}
+    assert "patient P0 has two parts: 'train' for S0" in problems(config)

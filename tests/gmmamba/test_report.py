@@ -149,6 +149,32 @@ def test_accounting_adds_up(finished: dict[str, Any], tmp_path: Path, capsys: py
     assert "north" in printed
 
 
+def test_external_validation_is_told_from_cross_validation(finished: dict[str, Any], tmp_path: Path) -> None:
+    """Every fold tests the same cohort: its slides are counted once, and the page says what the sd then means."""
+    tables = dict(finished["slide_tables"])
+    south = pd.read_csv(tables["south"], dtype=str, keep_default_na=False)
+    tables["south"] = tmp_path / "south.csv"  # other people than those of north
+    south.assign(patient_id="S-" + south["patient_id"]).to_csv(tables["south"], index=False)
+    splits, results = tmp_path / "splits.csv", tmp_path / "results"
+    split_dataset(tables, CLASSES, SplitSettings(scheme="external", folds=2, test_cohorts=["south"]), splits)
+    files = [results / "mean" / f"fold{fold}_seed0" / "predictions.csv" for fold in FOLDS]
+    for fold, file in zip(FOLDS, files, strict=True):
+        train(experiment("mean", epochs=2), fold, 0, splits, tables, None, file.parent, threads=1)
+        predict(file.parent, fold, 0, splits, tables, None, file, file.parent / "attention.npz")
+    evaluate(files, CLASSES, results / "mean" / "metrics.csv")
+    text = write(finished, tmp_path, experiments=[experiment("mean", epochs=2)], slide_tables=tables, splits=splits,
+                 results=results)  # fmt: skip
+
+    ready = (south["status"] == "ready").sum()
+    accounting = pd.read_csv(tmp_path / "accounting.csv").set_index("cohort")
+    assert accounting["predicted"].to_dict() == {"north": 0, "south": ready}
+    assert accounting.loc["south", "not_tested"] == 0
+    assert list(pd.read_csv(results / "mean" / "metrics.csv")["n"][:2]) == [ready, ready]
+    assert f"{ready} of the {ready} tested slides are in the test part of several folds" in text
+    assert text.count("(tests south)") == 2
+    assert "in the test part of several folds" not in write(finished, tmp_path)  # a k-fold
+
+
 def test_table_has_mean_and_sd_of_the_runs(finished: dict[str, Any], tmp_path: Path) -> None:
     write(finished, tmp_path)
     table = pd.read_csv(tmp_path / "table.csv").set_index("experiment")

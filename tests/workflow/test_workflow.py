@@ -20,7 +20,7 @@ from slidestore import open_store
 from tests.slides import tissue, write_aperio
 
 ROOT = Path(__file__).parents[2]
-CODE = ("Snakefile", "workflow", "envs", "gmmamba", "preprocessing", "slidestore")
+CODE = ("Snakefile", "workflow", "config", "envs", "gmmamba", "preprocessing", "slidestore")
 FOLDS = 3
 
 CONFIG = {
