@@ -1,0 +1,171 @@
+"""A real Slurm cluster of one node runs the workflow: to its end, and through jobs that the scheduler kills.
+
+Not among the default tests: `make test-slurm` installs Slurm where it is missing and runs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from benchmarks.faults import outputs
+from tests.cluster.slurm import Cluster, slurm_cluster
+from tests.workflow.test_workflow import CONFIG, write_cohort
+
+pytestmark = pytest.mark.slurm
+
+ROOT = Path(__file__).parents[2]
+SLIDES = [f"s{i}" for i in range(8)]
+
+# What this cluster needs beyond the profile: it keeps no accounts, and a test should not wait long.
+OPTIONS = (
+    "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2",
+    "--latency-wait", "5",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with slurm_cluster(tmp_path_factory.mktemp("slurm") / "cluster") as cluster:
+        yield cluster
+
+
+def new_project(folder: Path) -> Path:
+    write_cohort(folder / "a", SLIDES)
+    config = copy.deepcopy(CONFIG)
+    config["datasets"]["d"]["split"] = {"folds": 2}
+    for part, name in (("cohorts", "b"), ("experiments", "gmmamba2")):
+        del config[part][name]
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return new_project(tmp_path)
+
+
+def start(cluster: Cluster, project: Path, *options: str, profile: str = "slurm") -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--workflow-profile", profile]
+    return subprocess.Popen(
+        [*command, *OPTIONS, *options], cwd=project, env=cluster.environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def finish(run: subprocess.Popen[str], expect: int = 0) -> str:
+    output, _ = run.communicate(timeout=600)
+    assert run.returncode == expect, output
+    return output
+
+
+def jobs_of(cluster: Cluster, project: Path, rule: str) -> list[dict[str, str]]:
+    """The Slurm jobs of a project that ran the rule, in the order of their submission."""
+    return [job for job in cluster.jobs() if job["WorkDir"] == str(project) and rule in job["Comment"]]
+
+
+def wait_for_job(cluster: Cluster, project: Path, rule: str) -> dict[str, str]:
+    deadline = time.monotonic() + 120
+    while True:
+        for job in jobs_of(cluster, project, rule):
+            if job["JobState"] == "RUNNING":
+                return job
+        assert time.monotonic() < deadline, f"no job of {rule} began"
+        time.sleep(0.2)
+
+
+def minutes(job: dict[str, str]) -> int:
+    hours, minutes, _ = job["TimeLimit"].rsplit("-")[-1].split(":")
+    return int(hours) * 60 + int(minutes)
+
+
+def memory(job: dict[str, str]) -> int:
+    """MB that a job asked for."""
+    found = re.search(r"mem=(\d+)([MG])", job["TRES"])
+    assert found, job
+    return int(found[1]) * {"M": 1, "G": 1000}[found[2]]
+
+
+def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(cluster: Cluster, project: Path) -> None:
+    finish(start(cluster, project))
+    assert (project / "results/d/report.html").exists()
+    assert len(jobs_of(cluster, project, "tile_slide")) == 1  # one Slurm job for all eight slides
+    assert len(jobs_of(cluster, project, "encode_slide")) == 2
+    for rule in ("encode_slide", "train", "predict"):
+        for job in jobs_of(cluster, project, rule):
+            assert re.fullmatch("gres[:/]gpu:1", job["TresPerJob"])  # as the version of Slurm spells it
+    assert "Nothing to be done" in finish(start(cluster, project))
+
+    write_cohort(project / "c", ["y", "z"])
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    config["cohorts"]["c"] = {"sheet": "c/slides.csv"}
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    before = len(cluster.jobs())
+    finish(start(cluster, project))
+    added = cluster.jobs()[before:]
+    assert [job["Comment"].removeprefix("rule_").split("_wildcards")[0] for job in added] == [
+        "tile_tile_slide", "encode_encode_slide", "group_cohort", "account_cohort"
+    ]  # fmt: skip
+
+
+def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project: Path) -> None:
+    run = start(cluster, project)
+    victim = wait_for_job(cluster, project, "train")
+    cluster.run("scancel", victim["JobId"])
+    output = finish(run)
+    assert "CANCELLED" in output
+    again = [job for job in jobs_of(cluster, project, "train") if job["Comment"] == victim["Comment"]]
+    assert [job["JobState"] for job in again] == ["CANCELLED", "COMPLETED"]
+    assert minutes(again[1]) == 2 * minutes(again[0])
+    assert memory(again[1]) == pytest.approx(2 * memory(again[0]), rel=0.01)
+
+
+def profile_with(project: Path, edit: Callable[[dict], object]) -> str:
+    """The profile with an edit, in the project."""
+    settings = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
+    edit(settings)
+    path = project / "profiles/edited/config.yaml"
+    path.parent.mkdir(parents=True)
+    path.write_text(yaml.safe_dump(settings))
+    return "edited"
+
+
+def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(cluster: Cluster, project: Path) -> None:
+    """Encoding gets too little memory and training is stopped by its limit; neither costs what was done before."""
+    edited = profile_with(
+        project, lambda p: p.update({"set-resources": {"encode_slide": {"mem_mb": 60}}, "retries": 0})
+    )
+    output = finish(start(cluster, project, profile=edited), expect=1)
+    failed = jobs_of(cluster, project, "encode_slide")
+    assert {job["JobState"] for job in failed} <= {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
+    assert "encode_slide" in output
+    logs = re.findall(r"\S+/slurm_logs/\S+\.log", output)
+    assert logs
+    assert Path(logs[-1]).exists()
+    tiles = {name: digest for name, digest in outputs(project).items() if "/tiles/" in name}
+    assert len(tiles) == 4 * len(SLIDES)
+
+    run = start(cluster, project, "--retries", "0")
+    victim = wait_for_job(cluster, project, "train")
+    # A limit of a minute at least is all that Slurm knows: this one is lowered to now.
+    cluster.run("scontrol", "update", f"JobId={victim['JobId']}", "TimeLimit=0")
+    output = finish(run, expect=1)
+    assert "TIMEOUT" in output
+    states = {job["JobState"] for job in jobs_of(cluster, project, "train")}
+    assert states == {"TIMEOUT", "COMPLETED"}
+
+    finish(start(cluster, project))
+    assert (project / "results/d/report.html").exists()
+    assert {name: digest for name, digest in outputs(project).items() if "/tiles/" in name} == tiles
+    assert len(jobs_of(cluster, project, "tile_slide")) == 1
