@@ -1,8 +1,9 @@
 """What the pipeline itself costs: planning for thousands of slides, and start-up and bookkeeping of real jobs.
 
 ``python -m benchmarks.dag`` plans projects of 1,000 and 5,000 placeholder slides with 20 experiments, 5 folds and 3
-seeds, then runs a project of 200 tiny slides twice, with the warm start and without, and compares the machine's time
-with what the jobs' own logs say that they took. ``--write PAGE`` puts the tables into a Markdown page.
+seeds, and the paper's four cohorts at full size (where their label tables are, ``--labels``). Then it runs a project of
+200 tiny slides twice, with the warm start and without, and compares the machine's time with what the jobs' own logs say
+that they took. ``--write PAGE`` puts the tables into a Markdown page.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import yaml
 
 from benchmarks.measure import cpu_name, markdown_table, write_section
+from benchmarks.placeholders import COHORTS, make_cohort
 from preprocessing.demo_cohort import make_demo_cohort
 from slidestore.warm_start import OWNER
 
@@ -94,23 +96,31 @@ def plan(folder: Path, *options: str) -> Plan:
     return Plan(Counter(jobs), took)
 
 
+def plan_row(name: str, project: Path) -> list[str]:
+    made = plan(project)
+    print(f"{name}: {made.jobs.total()} jobs planned in {made.seconds:.1f} s", flush=True)
+    return [name, f"{made.jobs['tile_slide']:,}", f"{made.jobs.total():,}", f"{made.seconds:.1f}"]
+
+
 def own_seconds(folder: Path) -> float:
     """The seconds that the logs of tiling, encoding, training and prediction end with, added up."""
     found = [USED.findall(log.read_text()) for log in folder.glob("results/*/logs/**/*.log")]
     return sum(float(last[-1]) for last in found if last)
 
 
-def measure(slide_counts: list[int], tiny: int, cores: int) -> str:
+def measure(slide_counts: list[int], labels: Path, tiny: int, cores: int) -> str:
     """Plan and run everything; the text of the section."""
     plans = []
+    cohorts = COHORTS if labels.is_dir() else {}
     with tempfile.TemporaryDirectory() as folder:
         for count in slide_counts:
             project = Path(folder, str(count))
             project.mkdir()
             placeholder_project(project, count)
-            made = plan(project)
-            plans.append([f"{count:,}", f"{made.jobs.total():,}", f"{made.seconds:.1f}"])
-            print(f"{count} slides: {made.jobs.total()} jobs planned in {made.seconds:.1f} s", flush=True)
+            plans.append(plan_row(f"{count:,} slides", project))
+        for name in cohorts:
+            make_cohort(project := Path(folder, name), name, labels)
+            plans.append(plan_row(name, project))
         runs, own, per_job = [], 0.0, {}
         for way, environment in {"forked": {}, "by themselves": {OWNER: ""}}.items():
             project = Path(folder, way)
@@ -126,11 +136,12 @@ def measure(slide_counts: list[int], tiny: int, cores: int) -> str:
             print(f"{tiny} tiny slides, jobs {way}: {took:.0f} s on {cores} cores", flush=True)
     per_slide = 2 * per_job["forked"]
     command = f"python -m benchmarks.dag {' '.join(sys.argv[1:])}".strip()
-    plan_table = markdown_table(["slides", "jobs", "plan s"], plans)
+    plan_table = markdown_table(["project", "slides", "jobs", "plan s"], plans)
     header = ["jobs run", "jobs", "wall s", "of the jobs s", "overhead s a job", "plan when done s"]
     return f"""**{cpu_name()}**, {cores} cores, {time.strftime("%Y-%m-%d")}. `{command}`
 
-Plans of 20 experiments, 5 folds and 3 seeds (`snakemake -n`, from the shell's prompt back to it):
+Plans (`snakemake -n`, from the shell's prompt back to it) of 20 experiments, 5 folds and 3 seeds, and of the paper's
+cohorts as in `config/`, with placeholders for slides:
 
 {plan_table}
 
@@ -147,11 +158,13 @@ idle. A slide is two jobs, {per_slide:.1f} s of overhead: below a tenth where it
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.dag", description=__doc__.split("\n")[0])
     parser.add_argument("--slides", default="1000,5000", help="numbers of placeholder slides to plan for")
+    parser.add_argument("--labels", type=Path, default=Path("../shared/data/labels"), help="folder of label tables")
     parser.add_argument("--tiny", type=int, default=200, help="number of tiny slides to run")
     parser.add_argument("--cores", type=int, default=2)
     parser.add_argument("--write", type=Path, help="the Markdown page to put the tables into")
     options = parser.parse_args()
-    text = measure([int(count) for count in options.slides.split(",")], options.tiny, options.cores)
+    slides = [int(count) for count in options.slides.split(",")]
+    text = measure(slides, options.labels, options.tiny, options.cores)
     print(text)
     if options.write:
         write_section(options.write, "pipeline", text)
