@@ -1,3 +1,7 @@
+def experiment_predictions(wildcards):
+    return runs(wildcards.dataset, wildcards.experiment, "predictions.csv")
+
+
 rule evaluate:
     input:
         experiment_predictions,
