@@ -1,7 +1,8 @@
 """A Slurm cluster of one node, started by hand: munged, slurmctld and slurmd, with all their state in one folder.
 
 No systemd, no cgroups, no database, and the system's own Slurm and munge are left alone. The node claims 4 CPUs, 24 GB
-and 2 GPUs whatever the machine has, so that jobs of realistic requests run side by side on a small one.
+and 2 GPUs of 4 shards each, whatever the machine has, so that jobs of realistic requests run side by side on a
+small one.
 """
 
 from __future__ import annotations
@@ -54,8 +55,8 @@ JobAcctGatherParams=OverMemoryKill
 KillWait=2
 MinJobAge=7200
 
-GresTypes=gpu
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=4 RealMemory=24000 Gres=gpu:2
+GresTypes=gpu,shard
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={node_port} CPUs=4 RealMemory=24000 Gres=gpu:2,shard:8
 PartitionName=cpu Nodes={node} Default=YES MaxTime=INFINITE OverSubscribe=NO
 PartitionName=gpu Nodes={node} MaxTime=INFINITE OverSubscribe=NO
 """
@@ -63,6 +64,7 @@ PartitionName=gpu Nodes={node} MaxTime=INFINITE OverSubscribe=NO
 GRES_CONF = """
 Name=gpu File=/dev/zero
 Name=gpu File=/dev/full
+Name=shard Count=8
 """
 
 
@@ -73,6 +75,11 @@ class Cluster:
         self.folder = folder
         self.environment = environment
 
+    def cancel_all(self) -> None:
+        """End every job and wait until its processes are gone: slurmd, when it stops, leaves them running."""
+        self.run("scancel", "--user", getuser())
+        wait_for(lambda: not self.run("squeue", "--noheader"), self)
+
     def run(self, *command: str) -> str:
         """What a Slurm client prints; CalledProcessError if it fails."""
         return subprocess.run(command, env=self.environment, check=True, capture_output=True, text=True).stdout
@@ -80,7 +87,11 @@ class Cluster:
     def jobs(self) -> list[dict[str, str]]:
         """What each job of the last two hours asked for and came to: JobId, JobState, TimeLimit, TRES, Comment..."""
         lines = self.run("scontrol", "--oneliner", "show", "jobs").splitlines()
-        return [dict(field.partition("=")[::2] for field in line.split() if "=" in field) for line in lines]
+        return [
+            dict(field.partition("=")[::2] for field in line.split() if "=" in field)
+            for line in lines
+            if line.startswith("JobId=")  # else: "No jobs in the system"
+        ]
 
 
 def programs() -> dict[str, str]:
@@ -145,7 +156,7 @@ def slurm_cluster(folder: Path) -> Iterator[Cluster]:
         stack.enter_context(daemon([program["slurmctld"], "-D"], cluster))
         stack.enter_context(daemon([program["slurmd"], "-D", "-N", "node1"], cluster))
         wait_for(lambda: "idle" in sinfo(cluster), cluster)
-        stack.callback(cancel_all, cluster)
+        stack.callback(cluster.cancel_all)
         yield cluster
 
 
@@ -163,12 +174,6 @@ def daemon(command: list[str], cluster: Cluster) -> Iterator[None]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-
-
-def cancel_all(cluster: Cluster) -> None:
-    """End every job and wait until its processes are gone: slurmd, when it stops, leaves them running."""
-    cluster.run("scancel", "--user", getuser())
-    wait_for(lambda: not cluster.run("squeue", "--noheader"), cluster)
 
 
 def sinfo(cluster: Cluster) -> str:

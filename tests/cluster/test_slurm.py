@@ -18,17 +18,20 @@ import yaml
 
 from benchmarks.faults import outputs
 from tests.cluster.slurm import Cluster, slurm_cluster
-from tests.workflow.test_workflow import CONFIG, write_cohort
+from tests.workflow.test_workflow import CONFIG, edit, write_cohort
 
 pytestmark = pytest.mark.slurm
 
 ROOT = Path(__file__).parents[2]
 SLIDES = [f"s{i}" for i in range(8)]
 
+# How docs/cluster.md has several jobs on one GPU.
+SHARED_GPU = {"gpu": 0, "gres": "shard:1"}
+
 # What this cluster needs beyond the profile: it keeps no accounts, and a test should not wait long.
 OPTIONS = (
     "--slurm-no-account", "--slurm-status-command", "squeue", "--slurm-init-seconds-before-status-checks", "2",
-    "--latency-wait", "5",
+    "--latency-wait", "5", "--max-status-checks-per-second", "10",
 )  # fmt: skip
 
 
@@ -48,20 +51,34 @@ def new_project(folder: Path) -> Path:
     return folder
 
 
-Start = Callable[..., "subprocess.Popen[str]"]
-
-
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     return new_project(tmp_path)
 
 
-def start(cluster: Cluster, project: Path, *options: str, profile: str = "slurm") -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--workflow-profile", profile]
-    return subprocess.Popen(
-        [*command, *OPTIONS, *options], cwd=project, env=cluster.environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(cluster: Cluster, project: Path) -> Iterator[Start]:
+    """Starts Snakemake in the project. One that a failed test leaves behind is ended, its Slurm jobs too."""
+    runs = []
+
+    def begin(*options: str, profile: str = "slurm") -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile"), "--workflow-profile", profile]
+        run = subprocess.Popen(
+            [*command, *OPTIONS, *options], cwd=project, env=cluster.environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        runs.append(run)
+        return run
+
+    yield begin
+    for run in runs:
+        if run.poll() is None:
+            run.kill()
+            run.communicate()
+    cluster.cancel_all()
 
 
 def finish(run: subprocess.Popen[str], expect: int = 0) -> str:
@@ -76,18 +93,21 @@ def jobs_of(cluster: Cluster, project: Path, rule: str) -> list[dict[str, str]]:
 
 
 def wait_for_job(cluster: Cluster, project: Path, rule: str) -> dict[str, str]:
+    """A job of the rule in the midst of its work."""
     deadline = time.monotonic() + 500
     while True:
         for job in jobs_of(cluster, project, rule):
-            if job["JobState"] == "RUNNING":
+            if f"{job['JobId']}.0" in cluster.run("squeue", "--steps", "--noheader", "--format=%i").split():
                 return job
         assert time.monotonic() < deadline, f"no job of {rule} began"
         time.sleep(0.2)
 
 
 def minutes(job: dict[str, str]) -> int:
-    hours, minutes, _ = job["TimeLimit"].rsplit("-")[-1].split(":")
-    return int(hours) * 60 + int(minutes)
+    """The time limit, which Slurm writes as [days-]hours:minutes:seconds."""
+    days, _, clock = job["TimeLimit"].rpartition("-")
+    hours, minutes, _ = clock.split(":")
+    return (int(days or 0) * 24 + int(hours)) * 60 + int(minutes)
 
 
 def memory(job: dict[str, str]) -> int:
@@ -97,22 +117,23 @@ def memory(job: dict[str, str]) -> int:
     return int(found[1]) * {"M": 1, "G": 1000}[found[2]]
 
 
-def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(cluster: Cluster, project: Path) -> None:
-    finish(start(cluster, project))
+def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(
+    cluster: Cluster, project: Path, start: Start
+) -> None:
+    finish(start())
     assert (project / "results/d/report.html").exists()
-    assert len(jobs_of(cluster, project, "tile_slide")) == 1  # one Slurm job for all eight slides
+    (tiling,) = jobs_of(cluster, project, "tile_slide")  # one for all eight slides, which are tiled one by one
+    assert (tiling["NumCPUs"], memory(tiling), minutes(tiling)) == ("1", 2000, 8 * 15)
     assert len(jobs_of(cluster, project, "encode_slide")) == 2
     for rule in ("encode_slide", "train", "predict"):
         for job in jobs_of(cluster, project, rule):
             assert re.fullmatch("gres[:/]gpu:1", job["TresPerJob"])  # as the version of Slurm spells it
-    assert "Nothing to be done" in finish(start(cluster, project))
+    assert "Nothing to be done" in finish(start())
 
     write_cohort(project / "c", ["y", "z"])
-    config = yaml.safe_load((project / "config.yaml").read_text())
-    config["cohorts"]["c"] = {"sheet": "c/slides.csv"}
-    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    edit(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
     before = len(cluster.jobs())
-    finish(start(cluster, project))
+    finish(start())
     added = cluster.jobs()[before:]
     assert {job["Comment"].removeprefix("rule_").split("_wildcards")[0] for job in added} == {
         "tile_tile_slide", "encode_encode_slide", "group_cohort", "prepare_account_cohort"
@@ -120,8 +141,8 @@ def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(clu
     assert len(added) == 4
 
 
-def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project: Path) -> None:
-    run = start(cluster, project)
+def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project: Path, start: Start) -> None:
+    run = start()
     victim = wait_for_job(cluster, project, "train")
     cluster.run("scancel", victim["JobId"])
     output = finish(run)
@@ -132,24 +153,28 @@ def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project:
     assert memory(again[1]) == pytest.approx(2 * memory(again[0]), rel=0.01)
 
 
-def profile_with(project: Path, edit: Callable[[dict], object]) -> str:
-    """The profile with an edit, in the project."""
+def profile_with(project: Path, change: Callable[[dict], object]) -> str:
+    """The profile with a change, in the project."""
     settings = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
-    edit(settings)
+    change(settings)
     path = project / "profiles/edited/config.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(settings))
     return "edited"
 
 
-def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(cluster: Cluster, project: Path) -> None:
+def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(
+    cluster: Cluster, project: Path, start: Start
+) -> None:
     """Encoding gets too little memory and training is stopped by its limit; neither costs what was done before."""
     edited = profile_with(
-        project, lambda p: p.update({"set-resources": {"encode_slide": {"mem_mb": 60}}, "retries": 0})
+        project, lambda p: p.update({"set-resources": {"encode_slide": {"mem_mb": 60, **SHARED_GPU}}, "retries": 0})
     )
-    output = finish(start(cluster, project, profile=edited), expect=1)
+    output = finish(start(profile=edited), expect=1)
     failed = jobs_of(cluster, project, "encode_slide")
     assert {job["JobState"] for job in failed} <= {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
+    assert all(re.fullmatch("gres[:/]shard:1", job["TresPerNode"]) for job in failed)
+    assert not any("TresPerJob" in job for job in failed)
     assert "encode_slide" in output
     logs = re.findall(r"\S+/slurm_logs/\S+\.log", output)
     assert logs
@@ -157,16 +182,19 @@ def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(cluster: Cl
     tiles = {name: digest for name, digest in outputs(project).items() if "/tiles/" in name}
     assert len(tiles) == 4 * len(SLIDES)
 
-    run = start(cluster, project, "--retries", "0")
-    victim = wait_for_job(cluster, project, "train")
-    # A limit of a minute at least is all that Slurm knows: this one is lowered to now.
-    cluster.run("scontrol", "update", f"JobId={victim['JobId']}", "TimeLimit=0")
+    edit(project, lambda c: c["experiments"]["mean"].update(training={"epochs": 1_000_000}))
+    run = start("--retries", "0")
+    for fold in range(2):
+        endless = wait_for_job(cluster, project, f"train_wildcards_d_mean_{fold}")
+        # A limit of a minute at least is all that Slurm knows: this one is lowered to now.
+        cluster.run("scontrol", "update", f"JobId={endless['JobId']}", "TimeLimit=0")
     output = finish(run, expect=1)
     assert "TIMEOUT" in output
-    states = {job["JobState"] for job in jobs_of(cluster, project, "train")}
-    assert states == {"TIMEOUT", "COMPLETED"}
+    states = {job["Comment"].split("_")[4]: job["JobState"] for job in jobs_of(cluster, project, "train")}
+    assert states == {"mean": "TIMEOUT", "gmmamba": "COMPLETED"}
 
-    finish(start(cluster, project))
+    edit(project, lambda c: c["experiments"]["mean"].pop("training"))
+    finish(start())
     assert (project / "results/d/report.html").exists()
     assert {name: digest for name, digest in outputs(project).items() if "/tiles/" in name} == tiles
     assert len(jobs_of(cluster, project, "tile_slide")) == 1
