@@ -42,7 +42,7 @@ def new_project(folder: Path) -> Path:
     write_cohort(folder / "a", SLIDES)
     config = copy.deepcopy(CONFIG)
     config["datasets"]["d"]["split"] = {"folds": 2}
-    for part, name in (("cohorts", "b"), ("experiments", "gmmamba2")):
+    for part, name in ("cohorts", "b"), ("experiments", "gmmamba2"):
         del config[part][name]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -86,8 +86,9 @@ def wait_for_job(cluster: Cluster, project: Path, rule: str) -> dict[str, str]:
 
 
 def minutes(job: dict[str, str]) -> int:
-    hours, minutes, _ = job["TimeLimit"].rsplit("-")[-1].split(":")
-    return int(hours) * 60 + int(minutes)
+    days, _, rest = job["TimeLimit"].rpartition("-")
+    hours, minutes, _ = map(int, rest.split(":"))
+    return (int(days or 0) * 24 + hours) * 60 + minutes
 
 
 def memory(job: dict[str, str]) -> int:
@@ -108,9 +109,7 @@ def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(clu
     assert "Nothing to be done" in finish(start(cluster, project))
 
     write_cohort(project / "c", ["y", "z"])
-    config = yaml.safe_load((project / "config.yaml").read_text())
-    config["cohorts"]["c"] = {"sheet": "c/slides.csv"}
-    (project / "config.yaml").write_text(yaml.safe_dump(config))
+    edit_config(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
     before = len(cluster.jobs())
     finish(start(cluster, project))
     added = cluster.jobs()[before:]
@@ -132,41 +131,44 @@ def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project:
     assert memory(again[1]) == pytest.approx(2 * memory(again[0]), rel=0.01)
 
 
-def profile_with(project: Path, edit: Callable[[dict], object]) -> str:
-    """The profile with an edit, in the project."""
+def edit_config(project: Path, change: Callable[[dict], object]) -> None:
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    change(config)
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def scarce_profile(project: Path, name: str, **resources: dict[str, int]) -> str:
+    """The profile with less of something for some rules, and without retries; in the project, which comes first."""
     settings = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
-    edit(settings)
-    path = project / "profiles/edited/config.yaml"
+    settings |= {"set-resources": resources, "retries": 0}
+    path = project / "profiles" / name / "config.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(settings))
-    return "edited"
+    return name
 
 
 def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(cluster: Cluster, project: Path) -> None:
-    """Encoding gets too little memory and training is stopped by its limit; neither costs what was done before."""
-    edited = profile_with(
-        project, lambda p: p.update({"set-resources": {"encode_slide": {"mem_mb": 60}}, "retries": 0})
-    )
-    output = finish(start(cluster, project, profile=edited), expect=1)
-    failed = jobs_of(cluster, project, "encode_slide")
-    assert {job["JobState"] for job in failed} <= {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
+    """Encoding gets too little memory and training too little time; neither costs what was done before."""
+    endless = {"epochs": 10**6, "min_epochs": 10**6}
+    edit_config(project, lambda c: (c["experiments"].pop("gmmamba"), c.update(training=endless)))
+    little_memory = scarce_profile(project, "little-memory", encode_slide={"mem_mb": 60})
+    output = finish(start(cluster, project, profile=little_memory), expect=1)
+    assert "exceeded memory limit" in output
     assert "encode_slide" in output
-    logs = re.findall(r"\S+/slurm_logs/\S+\.log", output)
+    logs = re.findall(r"/\S+/slurm_logs/\S+\.log", output)
     assert logs
     assert Path(logs[-1]).exists()
     tiles = {name: digest for name, digest in outputs(project).items() if "/tiles/" in name}
     assert len(tiles) == 4 * len(SLIDES)
 
-    run = start(cluster, project, "--retries", "0")
-    victim = wait_for_job(cluster, project, "train")
-    # A limit of a minute at least is all that Slurm knows: this one is lowered to now.
-    cluster.run("scontrol", "update", f"JobId={victim['JobId']}", "TimeLimit=0")
-    output = finish(run, expect=1)
-    assert "TIMEOUT" in output
-    states = {job["JobState"] for job in jobs_of(cluster, project, "train")}
-    assert states == {"TIMEOUT", "COMPLETED"}
+    little_time = scarce_profile(project, "little-time", train={"runtime": 1})
+    output = finish(start(cluster, project, profile=little_time), expect=1)
+    assert "'TIMEOUT'" in output
+    assert {job["JobState"] for job in jobs_of(cluster, project, "train")} == {"TIMEOUT"}
 
+    edit_config(project, lambda c: c.update(training=CONFIG["training"]))
     finish(start(cluster, project))
     assert (project / "results/d/report.html").exists()
     assert {name: digest for name, digest in outputs(project).items() if "/tiles/" in name} == tiles
     assert len(jobs_of(cluster, project, "tile_slide")) == 1
+    assert len(jobs_of(cluster, project, "encode_slide")) == 4  # two that were killed, two that were not
