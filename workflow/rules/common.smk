@@ -40,7 +40,7 @@ def environment():
 shell.prefix(environment())
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-ONE_MACHINE = workflow.is_main_process and workflow.global_resources["_nodes"].value is None
+ONE_MACHINE = workflow.is_main_process and workflow.resource_settings.nodes is None
 
 if ONE_MACHINE and HAS_GPU and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", 1)  # jobs take turns; with --resources gpu=N, N share it
@@ -118,7 +118,7 @@ def version(path):
     """Tells a file from its replacement. What users bring is no `input` of a rule: it may be dated in the future, by a
     scanner's clock or a server's, and would then be newer than whatever was made of it."""
     status = Path(path).stat()
-    return f"{status.st_size}-{status.st_mtime_ns}"
+    return f"{status.st_size}-{int(status.st_mtime)}"  # archives keep no more than seconds
 
 
 def sheet_file(wildcards):
