@@ -121,8 +121,38 @@ def version(path):
     return f"{status.st_size}-{int(status.st_mtime)}"  # archives keep no more than seconds
 
 
+def slide_version(wildcards):
+    return version(slide_file(wildcards))
+
+
+def mpp_option(wildcards):
+    row = slide_row(wildcards)
+    return "" if row.mpp is None else f"--mpp {row.mpp!r} --mpp-source {row.mpp_source}"
+
+
+def tiling_settings(wildcards):
+    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling, sort_keys=True)
+
+
+def encoder_settings(wildcards):
+    return json.dumps(
+        {"name": wildcards.encoder, **CONFIG.encoders[wildcards.encoder]},
+        sort_keys=True,
+    )
+
+
+def weights_version(wildcards):
+    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
+    weights = CONFIG.encoders[wildcards.encoder]["weights"]
+    return weights if weights in ("pretrained", "random") else version(weights)
+
+
 def sheet_file(wildcards):
     return str(CONFIG.cohorts[wildcards.cohort].sheet)
+
+
+def sheet_digest(wildcards):
+    return hashlib.sha256(Path(sheet_file(wildcards)).read_bytes()).hexdigest()[:12]
 
 
 def kept_slides(wildcards):
@@ -163,11 +193,21 @@ def classes(wildcards):
     return json.dumps(CONFIG.datasets[wildcards.dataset].classes)
 
 
+def split_settings(wildcards):
+    from dataclasses import asdict
+
+    return json.dumps(asdict(CONFIG.datasets[wildcards.dataset].split), sort_keys=True)
+
+
 def experiment_of(wildcards):
     key = (wildcards.dataset, wildcards.experiment)
     if key not in CONFIG.experiments:
         raise WorkflowError(f"config has no experiment {wildcards.experiment} on dataset {wildcards.dataset}")
     return CONFIG.experiments[key]
+
+
+def experiment_settings(wildcards):
+    return json.dumps(experiment_of(wildcards).as_dict(), sort_keys=True)
 
 
 def groups_file(cohort, experiment):
@@ -188,8 +228,25 @@ def group_options(wildcards):
     return [f"--groups={cohort}={file}" for cohort, file in zip(cohorts, experiment_groups(wildcards))]
 
 
+def model_file(wildcards):
+    return MODELS[experiment_of(wildcards).method].partition(":")[0]
+
+
+def model_code(wildcards):
+    """Digest of training and of the experiment's own model: another method's code does not count."""
+    return code_digest("gmmamba.training", model_file(wildcards))
+
+
+def prediction_code(wildcards):
+    return code_digest("gmmamba.prediction", model_file(wildcards))
+
+
 def output_folder(wildcards, output):
     return str(Path(output[0]).parent)
+
+
+def model_folder(wildcards, input):
+    return str(Path(input.model).parent)
 
 
 def runs(dataset, experiment, file):
@@ -197,4 +254,53 @@ def runs(dataset, experiment, file):
         f"results/{dataset}/{experiment}/fold{{fold}}_seed{{seed}}/{file}",
         fold=CONFIG.datasets[dataset].folds,
         seed=CONFIG.seeds,
+    )
+
+
+def experiment_predictions(wildcards):
+    return runs(wildcards.dataset, wildcards.experiment, "predictions.csv")
+
+
+def dataset_experiments(wildcards):
+    return [experiment for (dataset, _), experiment in CONFIG.experiments.items() if dataset == wildcards.dataset]
+
+
+def report_inputs(wildcards):
+    """Everything the report draws: metrics, predictions, attention and history of each run, and the groups."""
+    dataset = CONFIG.datasets[wildcards.dataset]
+    files = []
+    for experiment in dataset_experiments(wildcards):
+        files.append(f"results/{dataset.name}/{experiment.name}/metrics.csv")
+        for file in ("predictions.csv", "attention.npz", "history.csv", "model.json"):
+            files += runs(dataset.name, experiment.name, file)
+    return files
+
+
+def report_groups(wildcards):
+    cohorts = CONFIG.datasets[wildcards.dataset].cohorts
+    used = [experiment for experiment in dataset_experiments(wildcards) if experiment.grouping]
+    return sorted({groups_file(cohort, experiment) for cohort in cohorts for experiment in used})
+
+
+def report_group_options(wildcards):
+    return [f"--groups={Path(file).parts[1]}/{Path(file).stem}={file}" for file in report_groups(wildcards)]
+
+
+def report_settings(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return json.dumps(
+        {
+            "dataset": dataset.name,
+            "experiments": [e.as_dict() for e in dataset_experiments(wildcards)],
+            "folds": dataset.folds,
+            "seeds": CONFIG.seeds,
+            "classes": dataset.classes,
+            "encoder": {"name": dataset.encoder, **CONFIG.encoders[dataset.encoder]},
+            "settings": CONFIG.report,
+            "config": {
+                "tiling": {cohort: CONFIG.cohorts[cohort].tiling for cohort in dataset.cohorts},
+                "split": json.loads(split_settings(wildcards)),
+            },
+        },
+        sort_keys=True,
     )
