@@ -13,6 +13,7 @@ containerized: f"{workflow.basedir}/envs/gmmamba.sif"
 
 
 include: "workflow/rules/common.smk"
+include: "workflow/rules/inputs.smk"
 include: "workflow/rules/tile.smk"
 include: "workflow/rules/encode.smk"
 include: "workflow/rules/group.smk"

@@ -60,7 +60,9 @@ def outputs(project: Path) -> dict[str, str]:
     for path in sorted(project.glob("results/**/*")):
         name = str(path.relative_to(project))
         inside = path.relative_to(project).parts[2:]
-        if path.is_file() and inside and inside[0] not in ("logs", "benchmarks", "cohort"):
+        if path.name.startswith(".") or not path.is_file():
+            continue  # beginning with a dot: what a killed job had begun to write
+        if inside and inside[0] not in ("logs", "benchmarks", "cohort"):
             kept[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return kept
 

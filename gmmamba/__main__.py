@@ -16,6 +16,8 @@ from typing import Any
 
 from slidestore.warm_start import run_warm, usage
 
+ACCOUNTING = ["gmmamba.accounting"]
+GROUPING = ["gmmamba.grouping"]
 MODELLING = [
     "gmmamba.training", "gmmamba.models.gmmamba", "gmmamba.models.scan_numba", "zarr",
     "torch._inductor",  # imported by torch.use_deterministic_algorithms
@@ -55,26 +57,28 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--all-names", action="store_true", help="name every slide in what is printed, not five of a kind")
     sub.add_argument("--output", type=Path, required=True, metavar="SHEET")
 
-    sub = command("account", account, "slide table of a cohort: what became of every row of its sheet")
+    sub = command("account", account, "slide table of a cohort: what became of every row of its sheet", ACCOUNTING)
     add_cohort(sub)
     add_tiles(sub)
     add_stores(sub)
     sub.add_argument("--max-failed-share", type=float, required=True)
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("group", group, "group the patches of every slide of a cohort (LG)")
+    sub = command("group", group, "group the patches of every slide of a cohort (LG)", GROUPING)
     add_cohort(sub)
     add_tiles(sub)
     sub.add_argument("--grouping", required=True, help="kind and number of groups, such as location-10")
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("group-by-features", group_by_features, "the same by k-means on the features of one encoder")
+    sub = command(
+        "group-by-features", group_by_features, "the same by k-means on the features of one encoder", GROUPING
+    )
     add_cohort(sub)
     add_stores(sub)
     sub.add_argument("--groups", type=int, required=True, help="number of groups")
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("split", split, "split the patients of a dataset into folds")
+    sub = command("split", split, "split the patients of a dataset into folds", ["gmmamba.splits"])
     sub.add_argument("--dataset", required=True)
     sub.add_argument("--classes", type=json.loads, required=True)
     sub.add_argument("--settings", type=json.loads, required=True)
@@ -98,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--predictions", type=Path, nargs="+", required=True)
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("report", report, "HTML report, result table and accounting of a dataset")
+    sub = command("report", report, "HTML report, result table and accounting of a dataset", ["gmmamba.report"])
     sub.add_argument("--settings", type=json.loads, required=True)
     sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
     sub.add_argument("--groups", type=grouping_file, action="append", default=[], metavar="COHORT/GROUPING=NPZ")

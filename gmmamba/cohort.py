@@ -158,6 +158,11 @@ def check_dataset(
                         f"{place}: slide {slide.slide_id} has no {goes_by!r}, which datasets.{name}.split asks for "
                         f"(scheme {split.scheme})"
                     )
+    problems += [
+        f"datasets.{name}: no slide of cohort {cohort} takes part, see {sheet}: mend its 'exclude', or take it out"
+        for cohort, sheet, slides in cohorts
+        if all(slide.exclude for slide in slides)
+    ]
     for slide_id, places in by_id.items():
         if len(places) > 1:
             problems.append(f"datasets.{name}: slide_id {slide_id!r} is in several cohorts: {'; '.join(places)}")

@@ -76,6 +76,7 @@ class LabelRow:
     split: str
     site: str
     line: int
+    tissue: str = ""  # what GDC says of the sample, such as "Solid Tissue Normal"
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def read_label_table(path: Path, form: str | None = None, columns: Mapping[str, 
             LabelRow(
                 cell(row, chosen.patient), cell(row, chosen.slide), cell(row, chosen.label),
                 SPLIT_NAMES.get(split.casefold(), ""), cell(row, chosen.site), line,
+                cell(row, "Sample Type") or cell(row, "Tissue Type"),
             )
         )  # fmt: skip
     return LabelTable(path, chosen.name, found, chosen.label, rows)

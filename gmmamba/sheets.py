@@ -249,6 +249,7 @@ def sheet_row(slide_id: str, path: Path, labels: Labels, mapping: Mapping[str, s
     """The row of one slide, excluded with the reason where it cannot take part."""
     barcode = TCGA.match(path.name)
     lines = labels.lines_of(slide_key(path.name))
+    normal = [line.tissue for line in lines if "normal" in line.tissue.casefold()]
     patients = _different(line.patient for line in lines) or ([barcode[1].upper()] if barcode else [])
     lines = lines + [line for patient in patients for line in labels.of_patient.get(patient, [])]
     given = _different(line.label for line in lines)
@@ -262,6 +263,8 @@ def sheet_row(slide_id: str, path: Path, labels: Labels, mapping: Mapping[str, s
         why = exclude = f"not a diagnostic section but a frozen one ({section.upper()})"
     elif "10" <= sample <= "19":
         why = exclude = f"sample type {sample} is normal tissue"
+    elif normal:
+        why = exclude = f"{normal[0]!r} is normal tissue"
     elif not lines:
         why = exclude = f"no line in {' or '.join(table.path.name for table in labels.tables)}"
     elif not given:

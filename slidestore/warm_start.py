@@ -52,14 +52,16 @@ def run_warm(package: str, arguments: Sequence[str], preload: Sequence[str]) -> 
     if not owner or sys.platform != "linux":
         return None
     address = _folder() / f"{owner}-{_key(package, preload)}"
-    if len(os.fsencode(address)) > 107:
-        print(f"no warm start: {address} is too long for a socket, set TMPDIR to a shorter folder", file=sys.stderr)
-        return None
     for _ in range(2):  # a warm process may end, having been idle, between our call and its answer
-        with _connect(address, owner, preload) as connection:
+        try:
+            connection = _connect(address, owner, preload)
+        except OSError as error:  # such as a file system without locks or sockets, or a path too long for one
+            print(f"no warm start, this job runs by itself: {error}; TMPDIR chooses the folder", file=sys.stderr)
+            return None
+        with connection:
             if _send(connection, package, arguments) and _receive(connection, 1) == b"+":
                 return _wait(connection)
-    print(f"no warm start: the process for {package} ended at once; this job runs by itself", file=sys.stderr)
+    print(f"no warm start, this job runs by itself: the process for {package} ended at once", file=sys.stderr)
     return None
 
 
@@ -84,8 +86,8 @@ def _folder() -> Path:
 
 
 def _key(package: str, preload: Sequence[str]) -> str:
-    """Other interpreters and other checkouts have warm processes of their own."""
-    parts = [sys.prefix, str(Path(__file__).resolve()), package, *preload]
+    """Other interpreters, other checkouts and other nodes have warm processes of their own."""
+    parts = [socket.gethostname(), sys.prefix, str(Path(__file__).resolve()), package, *preload]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -169,16 +171,24 @@ def serve(listening: socket.socket, owner: int) -> None:
     signal.set_wakeup_fd(wake.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)  # a job has ended: wake up
     last = time.monotonic()
+    alive = os.pidfd_open(owner)  # readable when the owner has ended
     with selectors.DefaultSelector() as selector:
         selector.register(listening, selectors.EVENT_READ)
         selector.register(woken, selectors.EVENT_READ)
+        selector.register(alive, selectors.EVENT_READ)
         while True:
             for key, _ in selector.select(timeout=1.0):
+                if key.fileobj == alive:
+                    return  # jobs of a Snakemake that was killed end here: nobody would record their results
                 if key.fileobj is woken:
                     woken.recv(4096)
                 elif key.fileobj is listening:
                     connection, _ = listening.accept()
-                    pid = _start(connection, [listening, wake, woken, *jobs.values()])
+                    try:
+                        pid = _start(connection, [listening, wake, woken, *jobs.values()])
+                    except OSError:  # no more processes, or no memory: the client runs its job itself
+                        connection.close()
+                        continue
                     jobs[pid] = connection
                     selector.register(connection, selectors.EVENT_READ, pid)
                 else:  # a client says nothing after its request: it has gone away
@@ -192,8 +202,8 @@ def serve(listening: socket.socket, owner: int) -> None:
                         selector.unregister(connection)
                     with suppress(BrokenPipeError, ConnectionResetError):
                         connection.sendall(f"{status}\n".encode())
-            if not _alive(owner) or (not jobs and time.monotonic() - last > IDLE_SECONDS):
-                return  # jobs of a Snakemake that was killed end here: nobody would record their results
+            if not jobs and time.monotonic() - last > IDLE_SECONDS:
+                return
 
 
 def _ended() -> Iterator[tuple[int, int]]:
@@ -201,14 +211,6 @@ def _ended() -> Iterator[tuple[int, int]]:
     with suppress(ChildProcessError):
         while (found := os.waitpid(-1, os.WNOHANG)) != (0, 0):
             yield found[0], os.waitstatus_to_exitcode(found[1])
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _start(connection: socket.socket, others: list[socket.socket]) -> int:

@@ -18,7 +18,7 @@ import yaml
 
 from benchmarks.faults import outputs
 from tests.cluster.slurm import Cluster, slurm_cluster
-from tests.workflow.test_workflow import CONFIG, edit, write_cohort
+from tests.workflow.test_workflow import CONFIG, write_cohort
 
 pytestmark = pytest.mark.slurm
 
@@ -45,7 +45,7 @@ def new_project(folder: Path) -> Path:
     write_cohort(folder / "a", SLIDES)
     config = copy.deepcopy(CONFIG)
     config["datasets"]["d"]["split"] = {"folds": 2}
-    for part, name in (("cohorts", "b"), ("experiments", "gmmamba2")):
+    for part, name in ("cohorts", "b"), ("experiments", "gmmamba2"):
         del config[part][name]
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
@@ -93,21 +93,19 @@ def jobs_of(cluster: Cluster, project: Path, rule: str) -> list[dict[str, str]]:
 
 
 def wait_for_job(cluster: Cluster, project: Path, rule: str) -> dict[str, str]:
-    """A job of the rule in the midst of its work."""
     deadline = time.monotonic() + 500
     while True:
         for job in jobs_of(cluster, project, rule):
-            if f"{job['JobId']}.0" in cluster.run("squeue", "--steps", "--noheader", "--format=%i").split():
+            if job["JobState"] == "RUNNING":
                 return job
         assert time.monotonic() < deadline, f"no job of {rule} began"
         time.sleep(0.2)
 
 
 def minutes(job: dict[str, str]) -> int:
-    """The time limit, which Slurm writes as [days-]hours:minutes:seconds."""
-    days, _, clock = job["TimeLimit"].rpartition("-")
-    hours, minutes, _ = clock.split(":")
-    return (int(days or 0) * 24 + int(hours)) * 60 + int(minutes)
+    days, _, rest = job["TimeLimit"].rpartition("-")
+    hours, minutes, _ = map(int, rest.split(":"))
+    return (int(days or 0) * 24 + hours) * 60 + minutes
 
 
 def memory(job: dict[str, str]) -> int:
@@ -131,7 +129,7 @@ def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(
     assert "Nothing to be done" in finish(start())
 
     write_cohort(project / "c", ["y", "z"])
-    edit(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
+    edit_config(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
     before = len(cluster.jobs())
     finish(start())
     added = cluster.jobs()[before:]
@@ -153,48 +151,47 @@ def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project:
     assert memory(again[1]) == pytest.approx(2 * memory(again[0]), rel=0.01)
 
 
-def profile_with(project: Path, change: Callable[[dict], object]) -> str:
-    """The profile with a change, in the project."""
+def edit_config(project: Path, change: Callable[[dict], object]) -> None:
+    config = yaml.safe_load((project / "config.yaml").read_text())
+    change(config)
+    (project / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def scarce_profile(project: Path, name: str, **resources: dict[str, int | str]) -> str:
+    """The profile with less of something for some rules, and without retries; in the project, which comes first."""
     settings = yaml.safe_load((ROOT / "workflow/profiles/slurm/config.yaml").read_text())
-    change(settings)
-    path = project / "profiles/edited/config.yaml"
+    settings |= {"set-resources": resources, "retries": 0}
+    path = project / "profiles" / name / "config.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(yaml.safe_dump(settings))
-    return "edited"
+    return name
 
 
 def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(
     cluster: Cluster, project: Path, start: Start
 ) -> None:
-    """Encoding gets too little memory and training is stopped by its limit; neither costs what was done before."""
-    edited = profile_with(
-        project, lambda p: p.update({"set-resources": {"encode_slide": {"mem_mb": 60, **SHARED_GPU}}, "retries": 0})
-    )
-    output = finish(start(profile=edited), expect=1)
-    failed = jobs_of(cluster, project, "encode_slide")
-    assert {job["JobState"] for job in failed} <= {"OUT_OF_MEMORY", "FAILED", "CANCELLED"}
-    assert all(re.fullmatch("gres[:/]shard:1", job["TresPerNode"]) for job in failed)
-    assert not any("TresPerJob" in job for job in failed)
+    """Encoding gets too little memory and training too little time; neither costs what was done before."""
+    endless = {"epochs": 10**6, "min_epochs": 10**6}
+    edit_config(project, lambda c: (c["experiments"].pop("gmmamba"), c.update(training=endless)))
+    little_memory = scarce_profile(project, "little-memory", encode_slide={"mem_mb": 60, **SHARED_GPU})
+    output = finish(start(profile=little_memory), expect=1)
+    assert "exceeded memory limit" in output
+    assert all(re.fullmatch("gres[:/]shard:1", job["TresPerNode"]) for job in jobs_of(cluster, project, "encode_slide"))
     assert "encode_slide" in output
-    logs = re.findall(r"\S+/slurm_logs/\S+\.log", output)
+    logs = re.findall(r"/\S+/slurm_logs/\S+\.log", output)
     assert logs
     assert Path(logs[-1]).exists()
     tiles = {name: digest for name, digest in outputs(project).items() if "/tiles/" in name}
     assert len(tiles) == 4 * len(SLIDES)
 
-    edit(project, lambda c: c["experiments"]["mean"].update(training={"epochs": 1_000_000}))
-    run = start("--retries", "0")
-    for fold in range(2):
-        endless = wait_for_job(cluster, project, f"train_wildcards_d_mean_{fold}")
-        # A limit of a minute at least is all that Slurm knows: this one is lowered to now.
-        cluster.run("scontrol", "update", f"JobId={endless['JobId']}", "TimeLimit=0")
-    output = finish(run, expect=1)
-    assert "TIMEOUT" in output
-    states = {job["Comment"].split("_")[4]: job["JobState"] for job in jobs_of(cluster, project, "train")}
-    assert states == {"mean": "TIMEOUT", "gmmamba": "COMPLETED"}
+    little_time = scarce_profile(project, "little-time", train={"runtime": 1})
+    output = finish(start(profile=little_time), expect=1)
+    assert "'TIMEOUT'" in output
+    assert {job["JobState"] for job in jobs_of(cluster, project, "train")} == {"TIMEOUT"}
 
-    edit(project, lambda c: c["experiments"]["mean"].pop("training"))
+    edit_config(project, lambda c: c.update(training=CONFIG["training"]))
     finish(start())
     assert (project / "results/d/report.html").exists()
     assert {name: digest for name, digest in outputs(project).items() if "/tiles/" in name} == tiles
     assert len(jobs_of(cluster, project, "tile_slide")) == 1
+    assert len(jobs_of(cluster, project, "encode_slide")) == 4  # two that were killed, two that were not

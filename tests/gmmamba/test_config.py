@@ -343,6 +343,14 @@ def test_splits_that_cannot_be_are_named(three_cohorts: dict[str, Any], split: d
     assert message in problems(three_cohorts)
 
 
+def test_a_cohort_of_which_nothing_is_left_is_named(three_cohorts: dict[str, Any], tmp_path: Path) -> None:
+    sheet = tmp_path / "B" / "slides.csv"
+    header, *rows = sheet.read_text().splitlines()
+    sheet.write_text("\n".join([header + ",exclude", *(row + ",blurred" for row in rows)]) + "\n")
+    three_cohorts["datasets"]["demo"]["split"] = {"scheme": "leave_one_cohort_out"}
+    assert f"datasets.demo: no slide of cohort B takes part, see {sheet}" in problems(three_cohorts)
+
+
 def test_two_parts_for_a_patient_are_named_before_any_job(tmp_path: Path) -> None:
     rows = [row + f",{('train', 'val', 'test')[i // 2 % 3]}" for i, row in enumerate(good_rows())]
     config = good_config(

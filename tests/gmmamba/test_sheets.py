@@ -165,6 +165,23 @@ def test_projects_are_labels_where_the_sample_sheet_is_asked_for_them(tmp_path: 
         assert sheet.rows[1].exclude == "label 'TCGA-LUSC' is not mapped to a class"
 
 
+@pytest.mark.parametrize("column", ["Sample Type", "Tissue Type"])
+def test_normal_tissue_is_no_tumour_also_without_a_barcode(tmp_path: Path, column: str) -> None:
+    """CPTAC's names say nothing of the tissue, GDC's sample sheet does."""
+    touch(tmp_path / "slides", "C3L-1-21.svs", "C3L-1-26.svs")
+    samples = table(
+        tmp_path / "gdc_sample_sheet.tsv",
+        f"File Name\tCase ID\t{column}",
+        "C3L-1-21.svs\tC3L-1\tPrimary Tumor",
+        "C3L-1-26.svs\tC3L-1\tSolid Tissue Normal",
+    )
+    clinical = table(tmp_path / "clinical.tsv", "case_submitter_id\tprimary_diagnosis", "C3L-1\tAdenocarcinoma, NOS")
+    sheet = build_sheet(tmp_path / "slides", [samples, clinical])
+    assert {row.slide_id: row.exclude for row in sheet.rows} == {
+        "C3L-1-21": "", "C3L-1-26": "'Solid Tissue Normal' is normal tissue"
+    }  # fmt: skip
+
+
 def test_which_column_is_the_label_is_asked_and_not_guessed(tmp_path: Path) -> None:
     touch(tmp_path / "slides", "s1.svs")
     two = table(tmp_path / "t.csv", "patient,slide,age,grade", "p1,s1,60,2")

@@ -224,6 +224,14 @@ def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
     )  # fmt: skip
 
 
+def test_new_features_train_again_also_when_the_run_was_stopped_after_them(project: Path) -> None:
+    """Snakemake takes a small file of the same bytes for unchanged: the slide table must tell the features apart."""
+    edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
+    run = snakemake(project, "results/a/features/tiny.csv", "results/b/features/tiny.csv")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert plan(project) == SPLIT | after_training(*EXPERIMENTS)
+
+
 def test_one_more_slide(project: Path) -> None:
     with (project / "a/slides.csv").open("a") as sheet:
         sheet.write("spare,a-spare,normal,spare.tif\n")

@@ -1,4 +1,4 @@
-"""What the rules share: the checked configuration, wildcards held to known values, inputs and params by name."""
+"""What the rules share: the checked configuration, the shell of every job, wildcards held to known values, targets."""
 
 import hashlib
 import json
@@ -40,7 +40,7 @@ def environment():
 shell.prefix(environment())
 
 HAS_GPU = shutil.which("nvidia-smi") is not None
-ONE_MACHINE = workflow.is_main_process and workflow.global_resources["_nodes"].value is None
+ONE_MACHINE = workflow.is_main_process and workflow.resource_settings.nodes is None
 
 if ONE_MACHINE and HAS_GPU and "gpu" not in workflow.global_resources:
     workflow.register_resource("gpu", 1)  # jobs take turns; with --resources gpu=N, N share it
@@ -98,103 +98,3 @@ def group_files():
 
 def reports():
     return [f"results/{dataset}/report.html" for dataset in sorted({d for d, _ in CONFIG.experiments})]
-
-
-# Cohorts ---------------------------------------------------------------------------------------------------------
-
-
-def slide_row(wildcards):
-    slides = CONFIG.cohorts[wildcards.cohort].slides
-    if wildcards.slide not in slides:
-        raise WorkflowError(f"slide {wildcards.slide} is not in {CONFIG.cohorts[wildcards.cohort].sheet}")
-    return slides[wildcards.slide]
-
-
-def slide_file(wildcards):
-    return str(slide_row(wildcards).path)
-
-
-def version(path):
-    """Tells a file from its replacement. What users bring is no `input` of a rule: it may be dated in the future, by a
-    scanner's clock or a server's, and would then be newer than whatever was made of it."""
-    status = Path(path).stat()
-    return f"{status.st_size}-{status.st_mtime_ns}"
-
-
-def sheet_file(wildcards):
-    return str(CONFIG.cohorts[wildcards.cohort].sheet)
-
-
-def kept_slides(wildcards):
-    return [slide.slide_id for slide in CONFIG.cohorts[wildcards.cohort].slides.values() if not slide.exclude]
-
-
-def cohort_tiles(wildcards):
-    return expand(
-        "results/{cohort}/tiles/{slide}.npy",
-        cohort=wildcards.cohort,
-        slide=kept_slides(wildcards),
-    )
-
-
-def cohort_stores(wildcards):
-    return expand(
-        "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
-        cohort=wildcards.cohort,
-        encoder=wildcards.encoder,
-        slide=kept_slides(wildcards),
-    )
-
-
-# Datasets and experiments ----------------------------------------------------------------------------------------
-
-
-def dataset_tables(wildcards):
-    dataset = CONFIG.datasets[wildcards.dataset]
-    return [f"results/{cohort}/features/{dataset.encoder}.csv" for cohort in dataset.cohorts]
-
-
-def table_options(wildcards):
-    tables = zip(CONFIG.datasets[wildcards.dataset].cohorts, dataset_tables(wildcards))
-    return [f"--slide-table={cohort}={table}" for cohort, table in tables]
-
-
-def classes(wildcards):
-    return json.dumps(CONFIG.datasets[wildcards.dataset].classes)
-
-
-def experiment_of(wildcards):
-    key = (wildcards.dataset, wildcards.experiment)
-    if key not in CONFIG.experiments:
-        raise WorkflowError(f"config has no experiment {wildcards.experiment} on dataset {wildcards.dataset}")
-    return CONFIG.experiments[key]
-
-
-def groups_file(cohort, experiment):
-    """Groups by features are those of one encoder, all others hold for every encoder."""
-    if experiment.grouping.startswith("features-"):
-        return f"results/{cohort}/groups/{experiment.encoder}/{experiment.grouping}.npz"
-    return f"results/{cohort}/groups/{experiment.grouping}.npz"
-
-
-def experiment_groups(wildcards):
-    experiment = experiment_of(wildcards)
-    cohorts = CONFIG.datasets[wildcards.dataset].cohorts if experiment.grouping else []
-    return [groups_file(cohort, experiment) for cohort in cohorts]
-
-
-def group_options(wildcards):
-    cohorts = CONFIG.datasets[wildcards.dataset].cohorts
-    return [f"--groups={cohort}={file}" for cohort, file in zip(cohorts, experiment_groups(wildcards))]
-
-
-def output_folder(wildcards, output):
-    return str(Path(output[0]).parent)
-
-
-def runs(dataset, experiment, file):
-    return expand(
-        f"results/{dataset}/{experiment}/fold{{fold}}_seed{{seed}}/{file}",
-        fold=CONFIG.datasets[dataset].folds,
-        seed=CONFIG.seeds,
-    )

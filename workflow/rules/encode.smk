@@ -1,20 +1,3 @@
-def encoder_settings(wildcards):
-    return json.dumps(
-        {"name": wildcards.encoder, **CONFIG.encoders[wildcards.encoder]},
-        sort_keys=True,
-    )
-
-
-def weights_version(wildcards):
-    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
-    weights = CONFIG.encoders[wildcards.encoder]["weights"]
-    return weights if weights in ("pretrained", "random") else version(weights)
-
-
-def sheet_digest(wildcards):
-    return hashlib.sha256(Path(sheet_file(wildcards)).read_bytes()).hexdigest()[:12]
-
-
 rule encode_slide:
     input:
         coords="results/{cohort}/tiles/{slide}.npy",

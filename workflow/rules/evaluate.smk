@@ -1,7 +1,3 @@
-def experiment_predictions(wildcards):
-    return runs(wildcards.dataset, wildcards.experiment, "predictions.csv")
-
-
 rule evaluate:
     input:
         experiment_predictions,

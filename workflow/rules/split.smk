@@ -1,9 +1,3 @@
-def split_settings(wildcards):
-    from dataclasses import asdict
-
-    return json.dumps(asdict(CONFIG.datasets[wildcards.dataset].split), sort_keys=True)
-
-
 rule split_dataset:
     input:
         dataset_tables,

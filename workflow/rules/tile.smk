@@ -1,16 +1,3 @@
-def slide_version(wildcards):
-    return version(slide_file(wildcards))
-
-
-def mpp_option(wildcards):
-    row = slide_row(wildcards)
-    return "" if row.mpp is None else f"--mpp {row.mpp!r} --mpp-source {row.mpp_source}"
-
-
-def tiling_settings(wildcards):
-    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling, sort_keys=True)
-
-
 rule tile_slide:
     output:
         coords="results/{cohort}/tiles/{slide}.npy",

@@ -1,24 +1,3 @@
-def experiment_settings(wildcards):
-    return json.dumps(experiment_of(wildcards).as_dict(), sort_keys=True)
-
-
-def model_file(wildcards):
-    return MODELS[experiment_of(wildcards).method].partition(":")[0]
-
-
-def model_code(wildcards):
-    """Digest of training and of the experiment's own model: another method's code does not count."""
-    return code_digest("gmmamba.training", model_file(wildcards))
-
-
-def prediction_code(wildcards):
-    return code_digest("gmmamba.prediction", model_file(wildcards))
-
-
-def model_folder(wildcards, input):
-    return str(Path(input.model).parent)
-
-
 rule train:
     input:
         splits="results/{dataset}/splits.csv",

@@ -1,0 +1,206 @@
+"""Inputs and params of the rules, by name."""
+
+# Cohorts ---------------------------------------------------------------------------------------------------------
+
+
+def slide_row(wildcards):
+    slides = CONFIG.cohorts[wildcards.cohort].slides
+    if wildcards.slide not in slides:
+        raise WorkflowError(f"slide {wildcards.slide} is not in {CONFIG.cohorts[wildcards.cohort].sheet}")
+    return slides[wildcards.slide]
+
+
+def slide_file(wildcards):
+    return str(slide_row(wildcards).path)
+
+
+def version(path):
+    """Tells a file from its replacement. What users bring is no `input` of a rule: it may be dated in the future, by a
+    scanner's clock or a server's, and would then be newer than whatever was made of it."""
+    status = Path(path).stat()
+    return f"{status.st_size}-{int(status.st_mtime)}"  # archives keep no more than seconds
+
+
+def slide_version(wildcards):
+    return version(slide_file(wildcards))
+
+
+def mpp_option(wildcards):
+    row = slide_row(wildcards)
+    return "" if row.mpp is None else f"--mpp {row.mpp!r} --mpp-source {row.mpp_source}"
+
+
+def tiling_settings(wildcards):
+    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling, sort_keys=True)
+
+
+def encoder_settings(wildcards):
+    return json.dumps(
+        {"name": wildcards.encoder, **CONFIG.encoders[wildcards.encoder]},
+        sort_keys=True,
+    )
+
+
+def weights_version(wildcards):
+    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
+    weights = CONFIG.encoders[wildcards.encoder]["weights"]
+    return weights if weights in ("pretrained", "random") else version(weights)
+
+
+def sheet_file(wildcards):
+    return str(CONFIG.cohorts[wildcards.cohort].sheet)
+
+
+def sheet_digest(wildcards):
+    return hashlib.sha256(Path(sheet_file(wildcards)).read_bytes()).hexdigest()[:12]
+
+
+def kept_slides(wildcards):
+    return [slide.slide_id for slide in CONFIG.cohorts[wildcards.cohort].slides.values() if not slide.exclude]
+
+
+def cohort_tiles(wildcards):
+    return expand(
+        "results/{cohort}/tiles/{slide}.npy",
+        cohort=wildcards.cohort,
+        slide=kept_slides(wildcards),
+    )
+
+
+def cohort_stores(wildcards):
+    return expand(
+        "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
+        cohort=wildcards.cohort,
+        encoder=wildcards.encoder,
+        slide=kept_slides(wildcards),
+    )
+
+
+# Datasets and experiments ----------------------------------------------------------------------------------------
+
+
+def dataset_tables(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return [f"results/{cohort}/features/{dataset.encoder}.csv" for cohort in dataset.cohorts]
+
+
+def table_options(wildcards):
+    tables = zip(CONFIG.datasets[wildcards.dataset].cohorts, dataset_tables(wildcards))
+    return [f"--slide-table={cohort}={table}" for cohort, table in tables]
+
+
+def classes(wildcards):
+    return json.dumps(CONFIG.datasets[wildcards.dataset].classes)
+
+
+def split_settings(wildcards):
+    from dataclasses import asdict
+
+    return json.dumps(asdict(CONFIG.datasets[wildcards.dataset].split), sort_keys=True)
+
+
+def experiment_of(wildcards):
+    key = (wildcards.dataset, wildcards.experiment)
+    if key not in CONFIG.experiments:
+        raise WorkflowError(f"config has no experiment {wildcards.experiment} on dataset {wildcards.dataset}")
+    return CONFIG.experiments[key]
+
+
+def experiment_settings(wildcards):
+    return json.dumps(experiment_of(wildcards).as_dict(), sort_keys=True)
+
+
+def groups_file(cohort, experiment):
+    """Groups by features are those of one encoder, all others hold for every encoder."""
+    if experiment.grouping.startswith("features-"):
+        return f"results/{cohort}/groups/{experiment.encoder}/{experiment.grouping}.npz"
+    return f"results/{cohort}/groups/{experiment.grouping}.npz"
+
+
+def experiment_groups(wildcards):
+    experiment = experiment_of(wildcards)
+    cohorts = CONFIG.datasets[wildcards.dataset].cohorts if experiment.grouping else []
+    return [groups_file(cohort, experiment) for cohort in cohorts]
+
+
+def group_options(wildcards):
+    cohorts = CONFIG.datasets[wildcards.dataset].cohorts
+    return [f"--groups={cohort}={file}" for cohort, file in zip(cohorts, experiment_groups(wildcards))]
+
+
+def model_file(wildcards):
+    return MODELS[experiment_of(wildcards).method].partition(":")[0]
+
+
+def model_code(wildcards):
+    """Digest of training and of the experiment's own model: another method's code does not count."""
+    return code_digest("gmmamba.training", model_file(wildcards))
+
+
+def prediction_code(wildcards):
+    return code_digest("gmmamba.prediction", model_file(wildcards))
+
+
+def output_folder(wildcards, output):
+    return str(Path(output[0]).parent)
+
+
+def model_folder(wildcards, input):
+    return str(Path(input.model).parent)
+
+
+def runs(dataset, experiment, file):
+    return expand(
+        f"results/{dataset}/{experiment}/fold{{fold}}_seed{{seed}}/{file}",
+        fold=CONFIG.datasets[dataset].folds,
+        seed=CONFIG.seeds,
+    )
+
+
+def experiment_predictions(wildcards):
+    return runs(wildcards.dataset, wildcards.experiment, "predictions.csv")
+
+
+def dataset_experiments(wildcards):
+    return [experiment for (dataset, _), experiment in CONFIG.experiments.items() if dataset == wildcards.dataset]
+
+
+def report_inputs(wildcards):
+    """Everything the report draws: metrics, predictions, attention and history of each run, and the groups."""
+    dataset = CONFIG.datasets[wildcards.dataset]
+    files = []
+    for experiment in dataset_experiments(wildcards):
+        files.append(f"results/{dataset.name}/{experiment.name}/metrics.csv")
+        for file in ("predictions.csv", "attention.npz", "history.csv", "model.json"):
+            files += runs(dataset.name, experiment.name, file)
+    return files
+
+
+def report_groups(wildcards):
+    cohorts = CONFIG.datasets[wildcards.dataset].cohorts
+    used = [experiment for experiment in dataset_experiments(wildcards) if experiment.grouping]
+    return sorted({groups_file(cohort, experiment) for cohort in cohorts for experiment in used})
+
+
+def report_group_options(wildcards):
+    return [f"--groups={Path(file).parts[1]}/{Path(file).stem}={file}" for file in report_groups(wildcards)]
+
+
+def report_settings(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return json.dumps(
+        {
+            "dataset": dataset.name,
+            "experiments": [e.as_dict() for e in dataset_experiments(wildcards)],
+            "folds": dataset.folds,
+            "seeds": CONFIG.seeds,
+            "classes": dataset.classes,
+            "encoder": {"name": dataset.encoder, **CONFIG.encoders[dataset.encoder]},
+            "settings": CONFIG.report,
+            "config": {
+                "tiling": {cohort: CONFIG.cohorts[cohort].tiling for cohort in dataset.cohorts},
+                "split": json.loads(split_settings(wildcards)),
+            },
+        },
+        sort_keys=True,
+    )
