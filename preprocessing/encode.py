@@ -12,9 +12,6 @@ says at which stage and why.
 
 import json
 import logging
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ from tqdm import tqdm
 from preprocessing import CREATED_BY
 from preprocessing.encoders import Encoder, EncoderSettings
 from preprocessing.errors import SlideError
-from preprocessing.slide import Slide, open_slide, resize
+from preprocessing.patches import read_batches
+from preprocessing.slide import Slide, open_slide
 from preprocessing.tile import tiling_hash
 from slidestore import StoreAttributes, write_store
 
@@ -73,47 +71,15 @@ def encode_patches(
     """(N, D) float16 features of the patches at `coords`, (N, 2) level-0 pixels. Raises SlideError."""
     features = np.empty((len(coords), encoder.features), np.float16)
     row = 0
-    # tqdm with disable=None shows its bar only where stderr is a terminal, so that logs stay readable.
+    batches = read_batches(slide, coords, record["patch_px"], record["mpp"], encoder.settings.batch_size, threads)
     with torch.inference_mode(), tqdm(total=len(coords), unit="patch", desc=slide.slide_id, disable=None) as bar:
-        for patches in read_batches(slide, coords, record, encoder.settings.batch_size, threads):
+        for patches in batches:
             images = torch.from_numpy(patches).to(device).permute(0, 3, 1, 2)
             batch = encoder(images).float().cpu().numpy()
             features[row : row + len(batch)] = batch
             row += len(batch)
             bar.update(len(batch))
     return features
-
-
-def read_batches(
-    slide: Slide, coords: np.ndarray, record: dict[str, Any], batch_size: int, readers: int
-) -> Iterator[np.ndarray]:
-    """(B, P, P, 3) uint8 RGB patches, batch after batch in the order of `coords`, P = patch_px.
-
-    `readers` threads work ahead, one batch each; at most readers + 1 batches are held.
-    """
-    patch_px = record["patch_px"]
-    level = slide.best_level(record["mpp"])
-    # A patch is a whole number of pixels of the level: the error, below half such a pixel, does not add up.
-    side = max(1, round(record["patch_px_level0"] / slide.handle.level_downsamples[level]))
-
-    def read(corners: np.ndarray) -> np.ndarray:
-        patches = np.empty((len(corners), patch_px, patch_px, 3), np.uint8)
-        for i, (x, y) in enumerate(corners):
-            patches[i] = resize(slide.read_region(x, y, level, side, side), (patch_px, patch_px))
-        return patches
-
-    with ThreadPoolExecutor(readers) as pool:
-        ahead: deque[Future[np.ndarray]] = deque()
-        try:
-            for first in range(0, len(coords), batch_size):
-                ahead.append(pool.submit(read, coords[first : first + batch_size]))
-                if len(ahead) > readers:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
 
 
 def attributes_of(

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from preprocessing.encode import encode_slide, read_batches
+from preprocessing.encode import encode_slide
 from preprocessing.encoders import Encoder, EncoderSettings
 from preprocessing.errors import SlideError
+from preprocessing.patches import read_batches
 from preprocessing.slide import open_slide
 from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
 from slidestore import StoreError, open_store
@@ -63,7 +64,7 @@ def test_a_painted_grid_lands_where_it_should(
     patch_px_level0 = patch_px * target_mpp / level0_mpp
     coords, _ = patch_grid(np.ones((50, 80), bool), (width, height), patch_px_level0, 0.5)
     record = {"patch_px": patch_px, "mpp": target_mpp, "patch_px_level0": patch_px_level0}
-    patches = np.concatenate(list(read_batches(slide, coords, record, 16, 2)))
+    patches = np.concatenate(list(read_batches(slide, coords, record["patch_px"], record["mpp"], 16, 2)))
     assert patches.shape == (len(coords), patch_px, patch_px, 3)
 
     centres_um = (np.arange(patch_px) + 0.5) * target_mpp
@@ -135,9 +136,8 @@ def test_a_slide_that_breaks_in_the_middle_gets_a_store_that_says_so(tmp_path: P
 def test_a_reader_that_fails_stops_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = open_slide(write_aperio(tmp_path / "a.svs", blob(900, 700, 250)), "S1", "a")
     monkeypatch.setattr(type(slide), "read_region", lambda *_: (_ for _ in ()).throw(SlideError("broken")))
-    record = {"patch_px": 64, "mpp": 0.5, "patch_px_level0": 64.0}
     with pytest.raises(SlideError, match="broken"):
-        list(read_batches(slide, np.zeros((100, 2), np.int32), record, 8, 2))
+        list(read_batches(slide, np.zeros((100, 2), np.int32), 64, 0.5, 8, 2))
 
 
 def test_coords_of_another_tiling_are_refused(tmp_path: Path) -> None:
