@@ -68,7 +68,7 @@ def epoch(backend: str, precision: str, slides: list[LabelledBag], device: torch
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, fused=True)
 
     def train(some: list[LabelledBag]) -> None:
-        train_epoch(model, some, optimizer, settings, reader)  # ends by reading the loss: synchronised
+        train_epoch(model, some, optimizer, settings, reader, epoch=1)  # ends by reading the loss: synchronised
 
     def load() -> None:
         for _, bag in reader.stream(slides):

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
@@ -27,6 +27,7 @@ from gmmamba import __version__
 from gmmamba.data import BagReader, LabelledBag, encoder_weights, load_bags
 from gmmamba.metrics import classification_metrics, selection_score
 from gmmamba.models import create_model
+from gmmamba.models.bag import MILModel
 from gmmamba.prediction import choose_device, make_repeatable, predict_bags
 from slidestore.atomic import replace_when_whole
 from slidestore.settings import from_dict
@@ -140,7 +141,7 @@ def train(
 
 
 def fit(
-    model: nn.Module,
+    model: MILModel,
     training: list[LabelledBag],
     validation: list[LabelledBag],
     settings: TrainingSettings,
@@ -157,9 +158,8 @@ def fit(
     rows: list[dict[str, float]] = []
     progress = tqdm(range(1, settings.epochs + 1), desc="epochs", disable=None)  # None: quiet without a terminal
     for epoch in progress:
-        train_loss = train_epoch(
-            model, [training[i] for i in rng.permutation(len(training))], optimizer, settings, reader
-        )
+        shuffled = [training[i] for i in rng.permutation(len(training))]
+        train_loss = train_epoch(model, shuffled, optimizer, settings, reader, epoch)
         if not np.isfinite(train_loss):
             raise FloatingPointError(
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.learning_rate "
@@ -183,22 +183,24 @@ def fit(
 
 
 def train_epoch(
-    model: nn.Module,
+    model: MILModel,
     slides: Sequence[LabelledBag],
     optimizer: torch.optim.Optimizer,
     settings: TrainingSettings,
     reader: BagReader,
+    epoch: int,
 ) -> float:
-    """One pass over the slides in their order, a step each; returns the mean loss."""
+    """One pass over the slides in their order, a step each; returns the mean loss. Epochs count from 1."""
     model.train()
     total = torch.zeros((), device=reader.device)  # stays on the device: reading a loss a step would stall a GPU
-    for slide, bag in reader.stream(slides):
+    for step, (slide, bag) in enumerate(reader.stream(slides)):
+        progress = (epoch - 1 + step / len(slides)) / settings.epochs
         with _autocast(settings, reader.device):
-            logits = model(bag).logits
-        loss = cross_entropy(logits.float(), torch.tensor([slide.label], device=reader.device))
+            loss = model.training_loss(bag, torch.tensor([slide.label], device=reader.device), progress)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
+        model.after_step(progress)
         total += loss.detach()
     return total.item() / len(slides)
 

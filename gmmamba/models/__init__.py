@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
+    from gmmamba.models.bag import MILModel
 
 MODELS = {
     "gmmamba": "gmmamba.models.gmmamba:GMMamba",
@@ -19,7 +19,7 @@ MODELS = {
 }
 
 
-def create_model(method: str, in_dim: int, n_classes: int, **hyperparameters: Any) -> nn.Module:
+def create_model(method: str, in_dim: int, n_classes: int, **hyperparameters: Any) -> MILModel:
     """A model with `forward(bag: Bag) -> MILOutput`, freshly initialised from torch's random state.
 
     Raises ValueError for an unknown method, hyperparameter or named option; the message names the nearest known.
@@ -29,7 +29,7 @@ def create_model(method: str, in_dim: int, n_classes: int, **hyperparameters: An
     options = [option for option in inspect.signature(model_class).parameters if option not in ("in_dim", "n_classes")]
     for hyperparameter in hyperparameters:
         known(f"hyperparameter of {method}", hyperparameter, options)
-    model: nn.Module = model_class(in_dim, n_classes, **hyperparameters)
+    model: MILModel = model_class(in_dim, n_classes, **hyperparameters)
     return model
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models.bag import Bag, MILModel, MILOutput
 
 
-class ABMIL(nn.Module):
+class ABMIL(MILModel):
     """h = ReLU(Lin x); a = softmax over instances of w . (tanh(V h) * sigmoid(U h)); logits = Lin(sum a h).
 
     The defaults are those of common whole-slide practice (the MambaMIL repository's sizes, gated). Published

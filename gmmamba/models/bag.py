@@ -1,4 +1,4 @@
-"""What goes into a multiple-instance-learning model and what comes out. Batch = one slide everywhere.
+"""What a multiple-instance-learning model is: what goes in, what comes out, how it learns. Batch = one slide always.
 
 Shapes: N instances (patches) of the slide, D feature width, C classes.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 
 @dataclass
@@ -38,3 +39,21 @@ class MILOutput:
     """(N,) in the order of the bag, >= 0, sums to 1, without gradient; each model documents what it is."""
     details: dict[str, Tensor] = field(default_factory=dict)
     """Intermediate quantities by name, for `gmmamba verify` and for explanations."""
+
+
+class MILModel(nn.Module):
+    """What every model is. A method whose training is its own overrides the other two; see docs/adding_a_model.md."""
+
+    def forward(self, bag: Bag) -> MILOutput:
+        raise NotImplementedError
+
+    def training_loss(self, bag: Bag, label: Tensor, progress: float) -> Tensor:
+        """The scalar that one training step minimises.
+
+        label: (1,) int64. progress: share of all training steps that are done, 0 at the first, below 1.
+        """
+        return cross_entropy(self(bag).logits.float(), label)
+
+    def after_step(self, progress: float) -> None:
+        """Called after each step of the optimizer: for what follows the weights without being trained, such as a
+        teacher."""

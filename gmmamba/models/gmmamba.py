@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gmmamba.models import known
-from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models.bag import Bag, MILModel, MILOutput
 from gmmamba.models.css import CSS
 from gmmamba.models.imm import IMM
 
@@ -27,7 +27,7 @@ PUBLISHED: dict[str, Any] = {
 TOKENS = ("published", "max")
 
 
-class GMMamba(nn.Module):
+class GMMamba(MILModel):
     """The whole model, with the published sizes and names of parameters. GMMamba(…, **PUBLISHED) is the published one.
 
     Args:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models.bag import Bag, MILModel, MILOutput
 
 
-class MeanPooling(nn.Module):
+class MeanPooling(MILModel):
     """Logits of the mean embedding. The attention is 1 / N."""
 
     def __init__(self, in_dim: int, n_classes: int, width: int = 512, dropout: float = 0.25):
