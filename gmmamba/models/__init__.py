@@ -17,6 +17,8 @@ MODELS = {
     "mean": "gmmamba.models.pooling:MeanPooling",
     "max": "gmmamba.models.pooling:MaxPooling",
 }
+TWO_STAGES: frozenset[str] = frozenset()
+"""Methods trained twice: first with stage=1, then from what that learned (`MILModel.start_from`)."""
 
 
 def create_model(method: str, in_dim: int, n_classes: int, **hyperparameters: Any) -> MILModel:

@@ -37,6 +37,7 @@ class ABMIL(MILModel):
         dropout: float = 0.25,
     ):
         super().__init__()
+        self.width = width
         self.embed = nn.Sequential(nn.Linear(in_dim, width, bias=bias), nn.ReLU(), nn.Dropout(dropout))
         self.attention_v = nn.Sequential(nn.Linear(width, hidden), nn.Tanh())
         self.attention_u = nn.Sequential(nn.Linear(width, hidden), nn.Sigmoid()) if gated else None
@@ -45,10 +46,18 @@ class ABMIL(MILModel):
 
     def forward(self, bag: Bag) -> MILOutput:
         """The attention is a; the details hold the scores before softmax, `attn_raw` (1, N)."""
+        feature, attention, raw = self.pool(bag)
+        return MILOutput(self.classifier(feature), attention, {"attn_raw": raw})
+
+    def encode(self, bag: Bag) -> tuple[Tensor, Tensor]:
+        return self.pool(bag)[:2]
+
+    def pool(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
+        """sum a h (1, M), a (N,) without gradient, scores (1, N)."""
         h: Tensor = self.embed(bag.features)  # (N, M)
         gate = self.attention_v(h)
         if self.attention_u is not None:
             gate = gate * self.attention_u(h)
         raw = self.score(gate).T  # (1, N)
         attention = raw.softmax(1)
-        return MILOutput(self.classifier(attention @ h), attention[0].detach(), {"attn_raw": raw})
+        return attention @ h, attention[0].detach(), raw

@@ -5,6 +5,7 @@ Shapes: N instances (patches) of the slide, D feature width, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -42,7 +43,11 @@ class MILOutput:
 
 
 class MILModel(nn.Module):
-    """What every model is. A method whose training is its own overrides the other two; see docs/adding_a_model.md."""
+    """What every model is. `forward` is enough for a method that minimises the cross-entropy of its logits; one whose
+    training is its own overrides more."""
+
+    width: int
+    """M, of `encode`'s feature."""
 
     def forward(self, bag: Bag) -> MILOutput:
         raise NotImplementedError
@@ -57,3 +62,16 @@ class MILModel(nn.Module):
     def after_step(self, progress: float) -> None:
         """Called after each step of the optimizer: for what follows the weights without being trained, such as a
         teacher."""
+
+    def start_from(self, first: MILModel, bags: Callable[[], Iterable[Bag]]) -> None:
+        """Called once before the training of a method in two stages (models.TWO_STAGES) begins.
+
+        first: the same method made with stage=1, with the weights that its own training kept, in eval mode. bags:
+        gives the training bags, in float32 on the device. What is taken over becomes part of the state dict.
+        """
+        raise NotImplementedError
+
+    def encode(self, bag: Bag) -> tuple[Tensor, Tensor]:
+        """The slide's feature (1, M) before the classifier, and the attention (N,): what a wrapper, CSS as a plug-in,
+        takes of each group. For methods that have one."""
+        raise NotImplementedError
