@@ -67,7 +67,7 @@ def encode_slide(
             reader = PatchReader(slide, coords, record["patch_px"], record["mpp"], reading)
             for warning in reader.warnings:
                 log.warning("%s", warning)
-            features, readable = encode_patches(reader, encoder, device, threads)
+            features, readable, _ = encode_patches(reader, encoder, device, threads)
             attributes = replace(
                 attributes, reader=reader.route, warnings=reader.warnings, damaged=coords[~readable].tolist()
             )
@@ -82,8 +82,9 @@ def encode_slide(
 
 def encode_patches(
     reader: PatchReader, encoder: Encoder, device: torch.device, threads: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(M, D) float16 features of the readable patches, and which of all (N,) those are. Raises SlideError.
+) -> tuple[np.ndarray, np.ndarray, float]:
+    """(M, D) float16 features of the readable patches, which of all (N,) those are, and the share of the time in which
+    the network waited for pixels. Raises SlideError.
 
     Pixels go to the device as uint8, into batches of one shape on a GPU, and nothing is read back before the end: the
     GPU never waits for more than the next batch.
@@ -117,7 +118,7 @@ def encode_patches(
         "%d patches read from %s in %.1f s, %.0f a second; the network waited for pixels %.0f %% of the time",
         len(readable), reader.route, seconds, len(readable) / seconds, 100 * waited / seconds,
     )  # fmt: skip
-    return found, readable
+    return found, readable, waited / seconds
 
 
 def attributes_of(record: dict[str, Any], settings: EncoderSettings) -> StoreAttributes:

@@ -1,15 +1,15 @@
-"""A level's own JPEG tiles, found with tifffile, decoded with libjpeg-turbo: OpenSlide's pixels ten times as fast.
+"""A level's own JPEG tiles, found with tifffile and decoded each once: OpenSlide's pixels several times as fast.
 
-Only for what is known to be stored as it is shown: tiled TIFF that OpenSlide calls aperio or generic-tiff, JPEG of
-8 bits, RGB or YCbCr. Whether the pixels are OpenSlide's is checked on every slide (see preprocessing.patches).
+Only for what is known to be stored as it is shown: tiled TIFF that OpenSlide calls aperio or generic-tiff, 8 bits, RGB
+or YCbCr in JPEG (by libjpeg-turbo), RGB in JPEG 2000 (by OpenJPEG; Aperio's other kind of it, YCbCr, comes out a grey
+level off). Whether the pixels are OpenSlide's is checked on every slide (see preprocessing.patches).
 """
 
 import os
 import threading
 import weakref
-from collections import OrderedDict
-from concurrent.futures import Future
 
+import imagecodecs
 import numpy as np
 import openslide
 import simplejpeg
@@ -41,12 +41,16 @@ class JpegTiles:
         self.columns, self.rows = -(-self.width // self.tile_width), -(-self.height // self.tile_height)
         self._offsets = np.array(page.dataoffsets, np.int64)
         self._sizes = np.array(page.databytecounts, np.int64)
+        self._file = file
+        self._jpeg = page.compression == tifffile.COMPRESSION.JPEG
         transform = b"\1" if page.photometric == tifffile.PHOTOMETRIC.YCBCR else b"\0"
         self._header = b"\xff\xd8" + ADOBE + transform + (page.jpegtables or b"\xff\xd8\xff\xd9")[2:-2]
-        self._file = file
+        self.scales = [
+            k for k in (1, 2, 4, 8) if k == 1 or (self._jpeg and self.tile_width % k == self.tile_height % k == 0)
+        ]
 
     def decode(self, row: int, column: int, scale: int = 1) -> np.ndarray:
-        """(tile_height / scale, tile_width / scale, 3) uint8 RGB; scale 2, 4 or 8 is done by the inverse DCT.
+        """(tile_height / scale, tile_width / scale, 3) uint8 RGB; one of `scales`, by the inverse DCT.
 
         Raises DamagedTileError, MissingTileError.
         """
@@ -55,19 +59,23 @@ class JpegTiles:
             raise MissingTileError(f"tile {tile} is not in the file")
         stream = os.pread(self._file, int(self._sizes[tile]), int(self._offsets[tile]))
         shape = (self.tile_height // scale, self.tile_width // scale, 3)
+        try:
+            if len(stream) < self._sizes[tile]:
+                raise ValueError("the file ends before it")
+            pixels = self._decode_jpeg(stream, shape) if self._jpeg else imagecodecs.jpeg2k_decode(stream)
+            if pixels.shape != shape:
+                raise ValueError(f"{pixels.shape} pixels instead of {shape}")
+        except (ValueError, imagecodecs.Jpeg2kError) as error:
+            raise DamagedTileError(f"tile {tile}, column {column}, row {row}: {error}") from error
+        return pixels
+
+    def _decode_jpeg(self, stream: bytes, shape: tuple[int, ...]) -> np.ndarray:
+        if stream[:2] != b"\xff\xd8":
+            raise ValueError("no JPEG stream")
         body = stream[2:]
         while body[:1] == b"\xff" and 0xE0 <= body[1] <= 0xEF:  # JFIF's or another Adobe marker would overrule ours
             body = body[2 + int.from_bytes(body[2:4], "big") :]
-        try:
-            if len(stream) < self._sizes[tile] or stream[:2] != b"\xff\xd8":
-                raise ValueError("the file ends before it" if len(stream) < self._sizes[tile] else "no JPEG stream")
-            pixels: np.ndarray = simplejpeg.decode_jpeg(
-                self._header + body, "RGB", min_height=shape[0], min_width=shape[1]
-            )
-            if pixels.shape != shape:
-                raise ValueError(f"{pixels.shape} pixels instead of {shape}")
-        except ValueError as error:
-            raise DamagedTileError(f"tile {tile}, column {column}, row {row}: {error}") from error
+        pixels: np.ndarray = simplejpeg.decode_jpeg(self._header + body, "RGB", min_height=shape[0], min_width=shape[1])
         return pixels
 
 
@@ -96,7 +104,7 @@ def jpeg_tiles(slide: Slide, level: int) -> JpegTiles | None:
 def _is_readable(page: tifffile.TiffPage) -> bool:
     return (
         page.is_tiled
-        and page.compression == tifffile.COMPRESSION.JPEG
+        and page.compression in (tifffile.COMPRESSION.JPEG, tifffile.COMPRESSION.APERIO_JP2000_RGB)
         and page.photometric in (tifffile.PHOTOMETRIC.RGB, tifffile.PHOTOMETRIC.YCBCR)
         and page.bitspersample == 8
         and page.samplesperpixel == 3
@@ -124,15 +132,17 @@ class PlannedRegions:
         else:
             self.first = np.rint(corners / scale).astype(np.int64)
             self.fraction = np.zeros_like(self.first)
-        self.tile_size = np.array([tiles.tile_width, tiles.tile_height]) // scale
+        self.width, self.height = -(-tiles.width // scale), -(-tiles.height // scale)
+        self.tile_width, self.tile_height = tiles.tile_width // scale, tiles.tile_height // scale
+        tile_size = np.array([self.tile_width, self.tile_height])
         # Between two pixels, one more is needed.
         last = self.first + self.side - 1 + self.fraction.any(axis=1, keepdims=True)
         grid = np.array([tiles.columns, tiles.rows])
-        self.first_tile = np.minimum(self.first // self.tile_size, grid)
-        self.end_tile = np.minimum(last // self.tile_size + 1, grid)
+        self.first_tile = np.minimum(self.first // tile_size, grid)
+        self.end_tile = np.minimum(last // tile_size + 1, grid)
         self._uses = self._count_uses(grid)
-        self._kept: OrderedDict[tuple[int, int], Future[np.ndarray]] = OrderedDict()
-        self._room = max(1, CACHE_BYTES // (3 * int(self.tile_size.prod())))
+        self._kept: dict[tuple[int, int], np.ndarray | threading.Event] = {}  # the oldest first
+        self._room = max(1, CACHE_BYTES // (3 * self.tile_width * self.tile_height))
         self._lock = threading.Lock()
 
     def read(self, index: int) -> np.ndarray:
@@ -143,16 +153,17 @@ class PlannedRegions:
         (x, y), (dx, dy) = self.first[index].tolist(), self.fraction[index].tolist()
         between = bool(dx or dy)
         side = self.side + between
-        region = np.full((side, side, 3), 255, np.uint8)
-        width, height = -(-self.tiles.width // self.scale), -(-self.tiles.height // self.scale)
+        region = np.empty((side, side, 3), np.uint8)
+        if x + side > self.width or y + side > self.height:
+            region.fill(255)
         try:
-            for row, column in self._tiles_of(index):
-                left, top = column * self.tile_size[0], row * self.tile_size[1]
-                x0, x1 = max(x, left), min(x + side, left + self.tile_size[0], width)
-                y0, y1 = max(y, top), min(y + side, top + self.tile_size[1], height)
+            for tile in self._tiles_of(index):
+                top, left = tile[0] * self.tile_height, tile[1] * self.tile_width
+                x0, x1 = max(x, left), min(x + side, left + self.tile_width, self.width)
+                y0, y1 = max(y, top), min(y + side, top + self.tile_height, self.height)
                 if x0 < x1 and y0 < y1:
-                    tile = self._decoded(row, column)
-                    region[y0 - y : y1 - y, x0 - x : x1 - x] = tile[y0 - top : y1 - top, x0 - left : x1 - left]
+                    pixels = self._decoded(tile)
+                    region[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
         finally:
             self._release(index)
         if not between:
@@ -161,8 +172,9 @@ class PlannedRegions:
 
         places = np.arange(side)
         return paint_between(
-            region, max(0, width - x), max(0, height - y), np.float32(dx / FRACTIONS), np.float32(dy / FRACTIONS),
-            (x + places) % self.tile_size[0] == 0, (y + places) % self.tile_size[1] == 0,
+            region, max(0, self.width - x), max(0, self.height - y),
+            np.float32(dx / FRACTIONS), np.float32(dy / FRACTIONS),
+            (x + places) % self.tile_width == 0, (y + places) % self.tile_height == 0,
         )  # fmt: skip
 
     def _tiles_of(self, index: int) -> list[tuple[int, int]]:
@@ -177,20 +189,29 @@ class PlannedRegions:
             np.add.at(steps, (ends[y][:, 1], ends[x][:, 0]), sign)
         return steps.cumsum(axis=0).cumsum(axis=1)
 
-    def _decoded(self, row: int, column: int) -> np.ndarray:
-        with self._lock:
-            future = self._kept.get((row, column))
-            mine = future is None
-            if future is None:
-                future = self._kept[row, column] = Future()
+    def _decoded(self, tile: tuple[int, int]) -> np.ndarray:
+        while not isinstance(found := self._kept.get(tile), np.ndarray):
+            with self._lock:
+                found = self._kept.setdefault(tile, ready := threading.Event())
+            if found is ready:
+                return self._decode(tile, ready)
+            if isinstance(found, threading.Event):  # another thread is at it
+                found.wait()
+        return found
+
+    def _decode(self, tile: tuple[int, int], ready: threading.Event) -> np.ndarray:
+        try:
+            pixels = self.tiles.decode(*tile, self.scale)
+            with self._lock:
+                self._kept[tile] = pixels
                 if len(self._kept) > self._room:
-                    self._kept.popitem(last=False)
-        if mine:
-            try:
-                future.set_result(self.tiles.decode(row, column, self.scale))
-            except Exception as error:  # for every thread that waits for this tile
-                future.set_exception(error)
-        return future.result()
+                    del self._kept[next(iter(self._kept))]
+            return pixels
+        except BaseException:
+            del self._kept[tile]  # whoever waits tries again, and fails by itself
+            raise
+        finally:
+            ready.set()
 
     def _release(self, index: int) -> None:
         with self._lock:

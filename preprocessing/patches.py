@@ -3,7 +3,7 @@
 Each patch is read at the coarsest level that is at least as fine as the target mpp and brought to exactly patch_px by
 area averaging. How the level is read is its `reader`:
 
-  exact      from the slide's own JPEG tiles where it has them: the pixels are OpenSlide's, bit for bit
+  exact      from the slide's own JPEG or JPEG 2000 tiles where it has them: OpenSlide's pixels, bit for bit
   scaled     the same, but where the target is half as fine or less the decoder itself shrinks by 2, 4 or 8
   openslide  by OpenSlide, which also reads what has no such tiles
 
@@ -162,8 +162,7 @@ class PatchReader:
         scale = 1
         if self.settings.reader == "scaled":
             finest = mpp * LEVEL_TOLERANCE / (self.slide.level0_mpp * self.downsample)
-            sides = (tiles.tile_width, tiles.tile_height)
-            scale = max(k for k in (1, 2, 4, 8) if k == 1 or (k <= finest and all(side % k == 0 for side in sides)))
+            scale = max(k for k in tiles.scales if k <= max(1, finest))
         return PlannedRegions(tiles, corners, self.side, scale)
 
     def _compare(self, tiles: JpegTiles, corners: np.ndarray) -> str | None:
