@@ -23,7 +23,7 @@ class IBMIL(MILModel):
     """Stage 1 is plain attention pooling of the features as they are: a = softmax of Lin(tanh(Lin x)), M = sum a x,
     logits = Lin(M). Stage 2 is a new model, whose classifier sees beside M a mean of the K confounders, weighted by
     their likeness to M. The confounders are the means of clusters of the training slides' M of stage 1
-    (`start_from`); they are in the state dict and are not trained. A new model's are zero until `start_from`.
+    (`start_from`); they are in the state dict and are not trained. Until then they are zero, and training is refused.
 
     Each class has a probability of its own, sigmoid(logit): how these become logits whose softmax is the pipeline's
     probabilities, and what became of the published thresholds, tuned on the slides that are tested: see DSMIL. (The
@@ -61,6 +61,7 @@ class IBMIL(MILModel):
         self.classifier = nn.Linear(self.width, n_classes)
         self.query = nn.Linear(in_dim, hidden) if stage == 2 else None
         self.key = nn.Linear(in_dim, hidden) if stage == 2 else None
+        self.may_train = stage == 1
         if stage == 2:
             self.register_buffer("confounders", torch.zeros(confounders, in_dim))
             self.register_buffer("filled", torch.ones(confounders, dtype=torch.bool))
@@ -91,6 +92,11 @@ class IBMIL(MILModel):
         return merged, a[0].detach(), weights
 
     def training_loss(self, bag: Bag, label: Tensor, progress: float) -> Tensor:
+        """ValueError in stage 2 without confounders."""
+        if not self.may_train:  # asked once: the answer stalls a GPU
+            if not self.confounders.any():
+                raise ValueError("stage 2 of IBMIL has no confounders: give it those of a trained stage 1 (start_from)")
+            self.may_train = True
         return self.losses(self(bag), label)["loss"]
 
     def losses(self, output: MILOutput, label: Tensor) -> dict[str, Tensor]:
