@@ -1,6 +1,6 @@
 """ABMIL: attention-based pooling (Ilse, Tomczak and Welling, ICML 2018; BASELINES.md, section 1).
 
-Shapes: N instances, D feature width, M embedding width, L attention width, C classes.
+Shapes: N instances, D feature width, M embedding width, L attention width, K rows of attention, C classes.
 """
 
 from __future__ import annotations

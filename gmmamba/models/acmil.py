@@ -69,12 +69,7 @@ class ACMIL(MILModel):
 
         uniforms: (H, K, min(masked, N)), by whose ranks training masks; drawn unless given.
         """
-        h = self.embed(bag.features)
-        raw = self.pool.scores(h)  # (H, K, N)
-        hidden = torch.zeros_like(raw, dtype=torch.bool)
-        if self.training:
-            hidden = mask_strongest(raw, self.masked, self.mask_drop, uniforms)
-            raw = raw.masked_fill(hidden, -1e9)
+        h, raw, hidden = self.attend(bag, uniforms)
         attention = raw.softmax(2)
         features = self.pool.branch_features(h, attention)  # (K, M)
         sub_logits = torch.stack([head(row) for head, row in zip(self.branch_classifiers, features, strict=True)])
@@ -84,12 +79,19 @@ class ACMIL(MILModel):
         return MILOutput(logits, mean.mean(0).detach(), details)
 
     def encode(self, bag: Bag) -> tuple[Tensor, Tensor]:
-        h = self.embed(bag.features)
-        raw = self.pool.scores(h)
-        if self.training:
-            raw = raw.masked_fill(mask_strongest(raw, self.masked, self.mask_drop), -1e9)
+        """Masked in training, too."""
+        h, raw, _ = self.attend(bag)
         mean = raw.softmax(2).mean(1)
         return self.pool.slide_feature(h, mean), mean.mean(0).detach()
+
+    def attend(self, bag: Bag, uniforms: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """h (N, M), the branches' scores, masked in training, and which these are, both (H, K, N)."""
+        h = self.embed(bag.features)
+        raw = self.pool.scores(h)
+        hidden = torch.zeros_like(raw, dtype=torch.bool)
+        if self.training:
+            hidden = mask_strongest(raw, self.masked, self.mask_drop, uniforms)
+        return h, raw.masked_fill(hidden, -1e9), hidden
 
     def training_loss(self, bag: Bag, label: Tensor, progress: float) -> Tensor:
         return self.losses(self(bag), label)["loss"]

@@ -108,7 +108,8 @@ class IBMIL(MILModel):
     @torch.no_grad()
     def start_from(self, first: MILModel, bags: Callable[[], Iterable[Bag]]) -> None:
         """Confounder k becomes the mean of the training slides' M in cluster k. The clusters are those of k-means on
-        the M divided by their norms: K, or as many as there are different slides."""
+        the M divided by their norms: K, or as many as there are different slides. (scikit-learn's, where the published
+        code has faiss: of several good clusterings it may find another.)"""
         M = torch.cat([first.encode(bag)[0] for bag in bags()])  # (slides, D)
         labels = torch.from_numpy(k_means(normalize(M).cpu().numpy(), len(self.confounders), seed=0))
         self.confounders.zero_()

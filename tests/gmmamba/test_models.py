@@ -45,7 +45,7 @@ FLAVOURS: list[tuple[str, dict[str, Any]]] = [
     ("ibmil", {"merge": "sub"}),
     ("ilra", {"rank": 3, "layer_norm": False}),
     ("acmil", {"attention": "mha"}),
-    ("acmil", {"branches": 1}),
+    ("acmil", {"branches": 1, "masked": 0}),
 ]
 VARIED = [("gmmamba", options) for options in ABLATIONS.values()]
 VARIED += [(method, {}) for method in MODELS if method != "gmmamba"] + FLAVOURS
