@@ -96,8 +96,8 @@ def main() -> None:
                 rows.append([model, *found, f"{alone:.0f}", f"{float(found[2]) / alone:.2f}"])
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     header = ["network", "read by", "patches", "patches/s", "waiting", "GPU busy", "network alone", "share of it"]
-    text = f"""**{name}**, {options.threads} threads, {options.precision}, {time.strftime("%Y-%m-%d")}; 40x → 20x, patches \
-of {PATCH_PX} px. `python -m benchmarks.encoding {" ".join(sys.argv[1:])}`
+    text = f"""**{name}**, {options.threads} threads, {options.precision}, {time.strftime("%Y-%m-%d")}; 40x → 20x, \
+patches of {PATCH_PX} px. `python -m benchmarks.encoding {" ".join(sys.argv[1:])}`
 
 {markdown_table(header, rows)}"""
     print(text)

@@ -1,10 +1,10 @@
 """The slide table of a cohort: what became of every row of its sheet.
 
 Reads the sheet, the tile records and the stores; writes ``results/{cohort}/features/{encoder}.csv`` with columns
-``slide_id, patient_id, label, split, site, status, reason, n_patches, store, content, thumbnail, tile_record``.
-`status` is ``ready``, ``failed`` or ``excluded``. No slide disappears: a failed one stands here with its reason.
-`content` is a digest of what is in the store: other features make another table, so that what was trained on the old
-ones is trained again.
+``slide_id, patient_id, label, split, site, status, reason, n_patches, n_damaged, store, content, thumbnail,
+tile_record``. `status` is ``ready``, ``failed`` or ``excluded``. No slide disappears: a failed one stands here with its
+reason. `n_damaged` counts the patches that could not be decoded. `content` is a digest of what is in the store: other
+features make another table, so that what was trained on the old ones is trained again.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from slidestore import content_digest, open_store
 from slidestore.atomic import replace_when_whole
 
 COLUMNS = [
-    "slide_id", "patient_id", "label", "split", "site", "status", "reason", "n_patches", "store", "content",
-    "thumbnail", "tile_record",
+    "slide_id", "patient_id", "label", "split", "site", "status", "reason", "n_patches", "n_damaged", "store",
+    "content", "thumbnail", "tile_record",
 ]  # fmt: skip
 
 
@@ -45,14 +45,15 @@ def account_cohort(
     rows = []
     for slide in slides:
         store_file = stores / f"{slide.slide_id}.zarr.zip"
-        status, reason, n_patches, content = "excluded", slide.exclude, 0, ""
+        status, reason, n_patches, n_damaged, content = "excluded", slide.exclude, 0, 0, ""
         if not slide.exclude:
             store, content = open_store(store_file, encoder), content_digest(store_file)
-            n_patches, failure = len(store.coords), store.attributes.failure
+            n_patches, n_damaged = len(store.coords), len(store.attributes.damaged)
+            failure = store.attributes.failure
             status, reason = ("failed", f"{failure['stage']}: {failure['reason']}") if failure else ("ready", "")
         rows.append((
             slide.slide_id, slide.patient_id, slide.label, slide.split, slide.site, status, reason, n_patches,
-            store_file, content, tiles / f"{slide.slide_id}.thumbnail.jpg", tiles / f"{slide.slide_id}.json",
+            n_damaged, store_file, content, tiles / f"{slide.slide_id}.thumbnail.jpg", tiles / f"{slide.slide_id}.json",
         ))  # fmt: skip
     table = pd.DataFrame(rows, columns=COLUMNS)
     failed = table[table.status == "failed"]

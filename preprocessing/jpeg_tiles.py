@@ -89,7 +89,7 @@ def jpeg_tiles(slide: Slide, level: int) -> JpegTiles | None:
                 page
                 for page in tif.pages
                 if isinstance(page, tifffile.TiffPage)
-                and (page.imagewidth, page.imagelength) == slide.handle.level_dimensions[level]
+                and (page.imagewidth, page.imagelength) == slide.level_dimensions[level]
             ]
             if len(pages) != 1 or not _is_readable(pages[0]):
                 return None

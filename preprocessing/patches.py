@@ -16,11 +16,10 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import openslide
 
 from preprocessing.errors import SlideError
 from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError, PlannedRegions, jpeg_tiles
@@ -67,7 +66,7 @@ class PatchReader:
         self.settings = settings or ReadingSettings()
         self.warnings: list[str] = []
         self.level = slide.best_level(mpp)
-        self.downsample = slide.handle.level_downsamples[self.level]  # once: a handle that met an error says nothing
+        self.downsample = slide.level_downsamples[self.level]
         # A patch is a whole number of pixels of the level: the error, below half such a pixel, does not add up.
         self.side = max(1, round(patch_px * mpp / slide.level0_mpp / self.downsample))
         self._reopening = threading.Lock()
@@ -145,7 +144,7 @@ class PatchReader:
             return self.slide.read_region(x, y, self.level, self.side, self.side)
         except SlideError:
             with self._reopening:
-                self.slide = replace(self.slide, handle=openslide.OpenSlide(self.slide.path))
+                self.slide.reopen()
                 return self.slide.read_region(x, y, self.level, self.side, self.side)
 
     def _plan(self, mpp: float) -> PlannedRegions | None:

@@ -9,6 +9,7 @@ import pytest
 
 from preprocessing.encode import encode_slide
 from preprocessing.encoders import EncoderSettings
+from preprocessing.patches import ReadingSettings
 from preprocessing.tile import Outputs, TilingSettings, tile_slide
 from slidestore import open_store
 
@@ -48,7 +49,7 @@ def test_a_real_slide_becomes_features(
     assert record["counts"]["kept"] == pytest.approx(patches[target_mpp], rel=0.1, abs=1)
     assert record["tissue_mm2"] == pytest.approx(tissue_mm2, rel=0.1)
     assert bool(record["warnings"]) == (name == DICOM)
-    encode_slide(slide, outputs.coords, outputs.record, TINY, tmp_path / "S1.zarr.zip")
+    encode_slide(slide, outputs.coords, outputs.record, TINY, ReadingSettings(), tmp_path / "S1.zarr.zip")
     store = open_store(tmp_path / "S1.zarr.zip", encoder="tiny")
     assert store.shape == (record["counts"]["kept"], 96)
     assert store.features.std(axis=0, dtype=np.float32).max() > 0  # patches differ
@@ -75,13 +76,13 @@ def test_a_truncated_slide_ends_as_a_recorded_failure(shared: Path, tmp_path: Pa
     slide = tmp_path / name
     slide.write_bytes(whole.read_bytes()[: int(whole.stat().st_size * share)])
     _, outputs = tile(slide, tmp_path)
-    encode_slide(slide, outputs.coords, outputs.record, TINY, tmp_path / "S1.zarr.zip")
+    encode_slide(slide, outputs.coords, outputs.record, TINY, ReadingSettings(), tmp_path / "S1.zarr.zip")
     store = open_store(tmp_path / "S1.zarr.zip")
     if store.attributes.failure:
         assert store.shape[0] == 0
         assert "copy it anew" in store.attributes.failure["reason"]
     else:
         _, outputs = tile(whole, tmp_path)
-        encode_slide(whole, outputs.coords, outputs.record, TINY, tmp_path / "whole.zarr.zip")
+        encode_slide(whole, outputs.coords, outputs.record, TINY, ReadingSettings(), tmp_path / "whole.zarr.zip")
         np.testing.assert_array_equal(store.features, open_store(tmp_path / "whole.zarr.zip").features)
         assert share > 0.9
