@@ -60,12 +60,8 @@ def aperio(**facts: object) -> Make:
     return lambda path: write_aperio(path, image(), **facts)  # type: ignore[arg-type]
 
 
-def written(**options: object) -> Make:
-    def make(path: Path) -> None:
-        pixels = options.pop("pixels", image())
-        tifffile.imwrite(path, pixels, metadata=None, **options)
-
-    return make
+def written(pixels: np.ndarray | None = None, **options: object) -> Make:
+    return lambda path: tifffile.imwrite(path, image() if pixels is None else pixels, metadata=None, **options)  # type: ignore[arg-type]
 
 
 def truncated(share: float) -> Make:
