@@ -27,7 +27,7 @@ def replay_abmil(case: BaselineCase) -> Checks | None:
     return replay_model(case, model, published, bernoulli_loss)
 
 
-def bernoulli_loss(output: MILOutput, label: Tensor) -> Tensor:
+def bernoulli_loss(output: MILOutput, label: Tensor) -> dict[str, Tensor]:
     """Ilse et al.: negative log-likelihood with the probability clamped to [1e-5, 1 - 1e-5]."""
     p = output.logits.sigmoid()[0].clamp(1e-5, 1 - 1e-5)
-    return F.binary_cross_entropy(p, label.to(p.dtype))
+    return {"loss": F.binary_cross_entropy(p, label.to(p.dtype))}
