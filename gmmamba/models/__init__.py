@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 MODELS = {
     "gmmamba": "gmmamba.models.gmmamba:GMMamba",
     "abmil": "gmmamba.models.abmil:ABMIL",
+    "transmil": "gmmamba.models.transmil:TransMIL",
+    "mhim": "gmmamba.models.mhim:MHIM",
+    "ssmmil": "gmmamba.models.s4mil:S4MIL",
+    "mambamil": "gmmamba.models.mambamil:MambaMIL",
     "mean": "gmmamba.models.pooling:MeanPooling",
     "max": "gmmamba.models.pooling:MaxPooling",
 }
-TWO_STAGES: frozenset[str] = frozenset()
+TWO_STAGES: frozenset[str] = frozenset({"mhim"})
 """Methods trained twice: first with stage=1, then from what that learned (`MILModel.start_from`)."""
 
 

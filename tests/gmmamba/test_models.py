@@ -1,6 +1,7 @@
 """Every registered model: any bag, gradients everywhere, attention that sums to 1; and what is GMMamba's own."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -9,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from gmmamba.models import MODELS, create_model, imm
-from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models import MODELS, TWO_STAGES, create_model, imm
+from gmmamba.models.bag import Bag, MILModel, MILOutput
 from gmmamba.models.css import CSS, VARIANTS
 from gmmamba.models.gmmamba import PUBLISHED
 from gmmamba.models.imm import MASKS, keep_highest
@@ -30,12 +32,26 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gated": {"mask": "gated"},
     "adaptive": {"mask": "adaptive"},
 }
-VARIED = [("gmmamba", options) for options in ABLATIONS.values()] + [(m, {}) for m in MODELS if m != "gmmamba"]
+METHODS: list[tuple[str, dict[str, Any]]] = [(method, {}) for method in MODELS] + [
+    ("mhim", {"encoder": "transmil"}),
+    ("mambamil", {"mixer": "mamba"}),
+    ("mambamil", {"mixer": "bimamba"}),
+]
+VARIED = [("gmmamba", options) for options in ABLATIONS.values()] + [m for m in METHODS if m[0] != "gmmamba"]
+SEQUENCES = ("gmmamba", "transmil", "ssmmil", "mambamil")  # to these the order of the patches matters
 
 
-def make(method: str, seed: int = 0, in_dim: int = IN_DIM, **options: Any) -> torch.nn.Module:
+def make(method: str, seed: int = 0, in_dim: int = IN_DIM, **options: Any) -> MILModel:
     torch.manual_seed(seed)
     return create_model(method, in_dim, 3, **(SMALL | options)).eval()
+
+
+def make_trainable(method: str, **options: Any) -> MILModel:
+    """As training would have it: a method of two stages has seen its first."""
+    model = make(method, **options)
+    if method in TWO_STAGES:
+        model.start_from(make(method, seed=1, **options, stage=1), lambda: map(make_bag, range(10, 30)))
+    return model
 
 
 def make_bag(N: int, groups: int | None = 4, seed: int = 0, in_dim: int = IN_DIM) -> Bag:
@@ -61,8 +77,8 @@ def test_any_bag(method: str, options: dict[str, Any], N: int, groups: int | Non
 
 @pytest.mark.parametrize(("method", "options"), VARIED)
 def test_every_parameter_learns(method: str, options: dict[str, Any]) -> None:
-    model = make(method, **options)
-    F.cross_entropy(model(make_bag(40)).logits, torch.tensor([1])).backward()
+    model = make_trainable(method, **options)
+    model.training_loss(make_bag(40), torch.tensor([1]), 0.0).backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     # The published mask is hard: its head keeps its initial weights.
     hard = options.get("mask") == "published"
@@ -71,25 +87,48 @@ def test_every_parameter_learns(method: str, options: dict[str, Any]) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_same_seed_same_step(method: str) -> None:
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_same_seed_same_step(method: str, options: dict[str, Any]) -> None:
     losses = []
     for _ in range(2):
-        model = make(method).train()
+        model = make_trainable(method, **options).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         torch.manual_seed(1)
         for step in range(3):
-            loss = F.cross_entropy(model(make_bag(30, seed=step)).logits, torch.tensor([step]))
+            loss = model.training_loss(make_bag(30, seed=step), torch.tensor([step]), step / 3)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            model.after_step(step / 3)
         losses.append([loss, *model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
 
 
-@pytest.mark.parametrize("method", MODELS)
-def test_bfloat16_autocast_runs(method: str) -> None:
-    model, bag = make(method), make_bag(30)
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_a_saved_model_is_the_model(method: str, options: dict[str, Any], tmp_path: Path) -> None:
+    model, bag = make_trainable(method, **options), make_bag(30)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    loaded = make(method, seed=2, **options)
+    loaded.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(loaded(bag).logits, model(bag).logits)
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_order_of_the_patches(method: str, options: dict[str, Any]) -> None:
+    """Where it does not matter, the attention goes with the patch."""
+    model, bag = make(method, **options), make_bag(30, groups=None)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(0))
+    first, second = model(bag), model(Bag(bag.features[order], bag.coords[order]))
+    if method in SEQUENCES or options.get("encoder") == "transmil":
+        assert not torch.allclose(first.logits, second.logits)
+    else:
+        torch.testing.assert_close(second.logits, first.logits)
+        torch.testing.assert_close(second.attention, first.attention[order])
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_bfloat16_autocast_runs(method: str, options: dict[str, Any]) -> None:
+    model, bag = make(method, **options), make_bag(30)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(bag)
     F.cross_entropy(output.logits.float(), torch.tensor([1])).backward()
@@ -251,6 +290,12 @@ def test_css_variants_are_what_the_table_says(variant: str) -> None:
         ("gmmamba", {"instance_dropout": 1.0}, r"instance_dropout is 1.0: give a share"),
         ("gmmamba", {"affinity": "scald"}, "unknown affinity 'scald': did you mean 'scaled'"),
         ("gmmamba", {"token": "mx"}, "unknown token 'mx': did you mean 'max'"),
+        ("transmil", {"width": 20}, "width is 20: give a multiple of 8"),
+        ("mhim", {"encoder": "abmill"}, "unknown encoder 'abmill': did you mean 'abmil'"),
+        ("mhim", {"mask_ratio_low": 1.0}, "mask_ratio_low is 1.0: give a share"),
+        ("mhim", {"high_drawn": 0.0}, "high_drawn is 0.0: give a share"),
+        ("mhim", {"stage": 3}, "stage is 3: give 1 or 2"),
+        ("mambamil", {"mixer": "srmmaba"}, "unknown mixer 'srmmaba': did you mean 'srmamba'"),
     ],
 )
 def test_wrong_names_and_values_are_errors(method: str, options: dict[str, Any], message: str) -> None:
