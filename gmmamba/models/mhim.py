@@ -162,23 +162,29 @@ def half_cosine(progress: float) -> float:
 
 
 def unmasked(
-    attention: Tensor, ratios: tuple[float, float, float, float], draw: Callable[[int], Tensor] = torch.randperm
+    attention: Tensor,
+    ratios: tuple[float, float, float, float],
+    draw: Callable[[int], Tensor] = torch.randperm,
+    ranked: bool = False,
 ) -> Tensor:
     """The patches that the student sees, ascending int64: all but those drawn at random, of the lowest and of the
     highest attention (H, N).
 
     ratios: shares of the patches that are masked (random, low, high), and the share of the highest that is drawn. draw:
-    gives a permutation of 0 … n - 1, on the CPU.
+    gives a permutation of 0 … n - 1, on the CPU. ranked: whether it is of patches in order of their heads' votes, which
+    matters to recorded draws alone.
     """
     random, low, high, drawn = ratios
     keep = torch.ones_like(attention[0], dtype=torch.bool)
     for ratio, largest, share in ((random, False, 0.001), (low, False, 1.0), (high, True, drawn)):
         if ratio > 0:
-            keep[extreme(attention, ratio, largest, share, draw)] = False
+            keep[extreme(attention, ratio, largest, share, draw, ranked)] = False
     return keep.nonzero()[:, 0] if keep.any() else torch.arange(len(keep), device=keep.device)
 
 
-def extreme(attention: Tensor, ratio: float, largest: bool, share: float, draw: Callable[[int], Tensor]) -> Tensor:
+def extreme(
+    attention: Tensor, ratio: float, largest: bool, share: float, draw: Callable[[int], Tensor], ranked: bool
+) -> Tensor:
     """About ratio * N patches: `share` of the ratio / share * N of largest or smallest attention, drawn at random; of
     all N where there are not so many. Over several heads, the patches that most heads would take."""
     N, wider = attention.shape[1], ratio / share
@@ -187,7 +193,7 @@ def extreme(attention: Tensor, ratio: float, largest: bool, share: float, draw: 
     k = math.ceil(N * wider)
     if len(attention) > 1:
         votes = torch.zeros_like(attention).scatter_(1, attention.topk(k, largest=largest).indices, 1)
-        chosen = votes.sum(0).topk(k, sorted=False).indices  # of equal votes, any
+        chosen = votes.sum(0).topk(k, sorted=ranked).indices  # of equal votes, any
     else:
         chosen = attention[0].topk(k, largest=largest).indices
     return chosen[draw(k)[: math.ceil(k * share)].to(chosen.device)] if share < 1 else chosen

@@ -39,7 +39,7 @@ class TransMIL(MILModel):
 
         Nyström's approximation of a softmax may go below 0 (with initial weights it does not). A patch of negative
         weight moves the class token as one of positive weight does, to the other side, so the attention is the
-        magnitude, summed over heads, as a share of all patches. It says which patches are read, not for what they speak.
+        magnitude, summed over heads, as a share of the whole. It says which patches are read, not for what they speak.
         """
         feature, attention = self.encode(bag)
         return MILOutput(self.classifier(feature), attention)
