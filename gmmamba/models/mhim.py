@@ -96,8 +96,8 @@ class MHIM(MILModel):
 
     def forward(self, bag: Bag) -> MILOutput:
         """The attention: abmil's weights; for transmil that of the first layer, by which the method itself masks, as a
-        share of magnitudes (`TransMIL.forward`). The details hold `bag_feat` (1, M) and the class token's signed
-        attention in both layers, or twice the same, `attn_layer1` and `attn_layer2` (1, H, N)."""
+        share of magnitudes (`TransMIL.forward`). The details hold `bag_feat` (1, M), and `attn_layer1` and
+        `attn_layer2` (1, H, N), the class token's signed attention (for abmil twice its weights)."""
         feature, row1, row2 = self.encoder(self.embed(bag.features))
         details = {"bag_feat": feature, "attn_layer1": row1[None], "attn_layer2": row2[None]}
         return MILOutput(self.classifier(feature), magnitude_share(row1), details)
