@@ -80,6 +80,7 @@ class Config:
     experiments: dict[tuple[str, str], Experiment]  # by (dataset, experiment)
     seeds: list[int]
     max_failed_share: float
+    reading: dict[str, Any]
     report: dict[str, Any]
 
     def groupings(self) -> list[str]:
@@ -127,7 +128,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     }
     return Config(
         cohorts, settings["encoders"], datasets, experiments,
-        settings["seeds"], settings["max_failed_share"], settings["report"],
+        settings["seeds"], settings["max_failed_share"], settings["reading"], settings["report"],
     )  # fmt: skip
 
 

@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 MODELS = {
     "gmmamba": "gmmamba.models.gmmamba:GMMamba",
     "abmil": "gmmamba.models.abmil:ABMIL",
+    "clam": "gmmamba.models.clam:CLAM",
+    "dsmil": "gmmamba.models.dsmil:DSMIL",
+    "dtfd": "gmmamba.models.dtfd:DTFD",
+    "ibmil": "gmmamba.models.ibmil:IBMIL",
+    "ilra": "gmmamba.models.ilra:ILRA",
+    "acmil": "gmmamba.models.acmil:ACMIL",
     "transmil": "gmmamba.models.transmil:TransMIL",
     "mhim": "gmmamba.models.mhim:MHIM",
     "ssmmil": "gmmamba.models.s4mil:S4MIL",
@@ -21,7 +27,7 @@ MODELS = {
     "mean": "gmmamba.models.pooling:MeanPooling",
     "max": "gmmamba.models.pooling:MaxPooling",
 }
-TWO_STAGES: frozenset[str] = frozenset({"mhim"})
+TWO_STAGES: frozenset[str] = frozenset({"ibmil", "mhim"})
 """Methods trained twice: first with stage=1, then from what that learned (`MILModel.start_from`)."""
 
 

@@ -15,7 +15,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from gmmamba.verify.attention_models import replay_abmil
+from gmmamba.verify.attention_models import (
+    replay_abmil,
+    replay_acmil,
+    replay_clam,
+    replay_dsmil,
+    replay_dtfd,
+    replay_ibmil,
+    replay_ilra,
+)
 from gmmamba.verify.baselines import BaselineCase
 from gmmamba.verify.checks import Check, Checks
 from gmmamba.verify.gmmamba import replay_bimamba, replay_gmmamba
@@ -23,6 +31,12 @@ from gmmamba.verify.sequence_models import replay_mambamil, replay_mhim, replay_
 
 ADAPTERS: dict[str, Callable[[BaselineCase], Checks | None]] = {
     "abmil": replay_abmil,
+    "clam": replay_clam,
+    "dsmil": replay_dsmil,
+    "dtfd": replay_dtfd,
+    "ibmil": replay_ibmil,
+    "ilra": replay_ilra,
+    "acmil": replay_acmil,
     "transmil": replay_transmil,
     "mhim": replay_mhim,
     "s4mil": replay_s4mil,

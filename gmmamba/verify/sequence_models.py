@@ -19,7 +19,7 @@ from gmmamba.models.mhim import MHIM, unmasked
 from gmmamba.models.nystrom import NystromAttention
 from gmmamba.models.s4mil import S4D, S4MIL
 from gmmamba.models.transmil import TransMIL
-from gmmamba.verify.baselines import BaselineCase, baseline_weight, norm_checks, replay_model, value_checks
+from gmmamba.verify.baselines import BaselineCase, baseline_weight, norm_checks, replay_model, shapes_of, value_checks
 from gmmamba.verify.checks import Array, Check, Checks
 
 LOOSE = 5e-4
@@ -202,10 +202,6 @@ def replay_unit(
         values["out_f64"] = run(x.double())[None]
     results = {re.sub("^g_", "grad/", key): array for key, array in case.reference.items()}
     yield from value_checks(values, results, 1e-4, 1e-9)
-
-
-def shapes_of(case: BaselineCase) -> dict[str, list[int]]:
-    return {name: shape for name, shape, _ in case.parameters}
 
 
 def load(module: nn.Module, case: BaselineCase, names: Mapping[str, str], seed: int | None = None) -> dict[str, str]:
