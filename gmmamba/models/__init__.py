@@ -20,10 +20,14 @@ MODELS = {
     "ibmil": "gmmamba.models.ibmil:IBMIL",
     "ilra": "gmmamba.models.ilra:ILRA",
     "acmil": "gmmamba.models.acmil:ACMIL",
+    "transmil": "gmmamba.models.transmil:TransMIL",
+    "mhim": "gmmamba.models.mhim:MHIM",
+    "ssmmil": "gmmamba.models.s4mil:S4MIL",
+    "mambamil": "gmmamba.models.mambamil:MambaMIL",
     "mean": "gmmamba.models.pooling:MeanPooling",
     "max": "gmmamba.models.pooling:MaxPooling",
 }
-TWO_STAGES: frozenset[str] = frozenset({"ibmil"})
+TWO_STAGES: frozenset[str] = frozenset({"ibmil", "mhim"})
 """Methods trained twice: first with stage=1, then from what that learned (`MILModel.start_from`)."""
 
 

@@ -67,7 +67,7 @@ class MILModel(nn.Module):
         """Called once before the training of a method in two stages (models.TWO_STAGES) begins.
 
         first: the same method made with stage=1, with the weights that its own training kept, in eval mode. bags:
-        gives the training bags, in float32 on the device. What is taken over becomes part of the state dict.
+        gives the training bags, in float32 on the device. What prediction needs of it becomes part of the state dict.
         """
         raise NotImplementedError
 

@@ -1,11 +1,14 @@
-"""Bidirectional Mamba over packed groups (GMMAMBA.md, section 3).
+"""The Mamba mixer: one scan over packed groups, or one in each direction (GMMAMBA.md, section 3).
 
-Shapes: N instances in packed order, G groups, D model width, E = 2 D inner width, S state size, R rank of dt.
+Shapes: N instances in packed order, G groups, D model width, E = 2 D inner width, S state size, R rank of dt,
+K branches.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,19 @@ from torch import Tensor, nn
 from gmmamba.models.scan import selective_scan
 
 
-class BiMamba(nn.Module):
-    """The mixer: W_in, W_out and the gate z are shared by both directions, the rest exists twice (`…` and `…_b`).
+class Mamba(nn.Module):
+    """The mixer of Mamba: each instance sees those before it in its group.
 
-    Parameter names are the published ones. Initialised as Mamba does it; the IMM may overwrite that.
+    A mixer of more branches, below, shares W_in, W_out and the gate z; the rest exists once a branch, under the
+    published parameter names (`…`, `…_b`). Initialised as Mamba does it; a model's own `init` may overwrite that.
     """
+
+    branches: tuple[str, ...] = ("",)
+    """What the parameter names of each end in."""
+    reverse: tuple[bool, ...] = (False,)
+    """Whether each runs from a group's last instance to its first."""
+    A_log: nn.Parameter
+    D: nn.Parameter
 
     def __init__(self, width: int, d_state: int = 16, d_conv: int = 4, expand: int = 2, scan: str = "auto"):
         super().__init__()
@@ -26,40 +37,59 @@ class BiMamba(nn.Module):
         self.scan = scan
         self.split = [rank, d_state, d_state]
         self.in_proj = nn.Linear(width, 2 * inner, bias=False)
-        self.conv1d = nn.Conv1d(inner, inner, d_conv, groups=inner)
-        self.conv1d_b = nn.Conv1d(inner, inner, d_conv, groups=inner)
-        self.x_proj = nn.Linear(inner, sum(self.split), bias=False)
-        self.x_proj_b = nn.Linear(inner, sum(self.split), bias=False)
-        self.dt_proj = step_projection(rank, inner)
-        self.dt_proj_b = step_projection(rank, inner)
-        A_log = torch.arange(1.0, d_state + 1).log().repeat(inner, 1)
-        self.A_log = nn.Parameter(A_log)
-        self.A_b_log = nn.Parameter(A_log.clone())
-        self.D = nn.Parameter(torch.ones(inner))
-        self.D_b = nn.Parameter(torch.ones(inner))
+        for branch in self.branches:
+            self.add_module("conv1d" + branch, nn.Conv1d(inner, inner, d_conv, groups=inner))
+        for branch in self.branches:
+            self.add_module("x_proj" + branch, nn.Linear(inner, sum(self.split), bias=False))
+        for branch in self.branches:
+            self.add_module("dt_proj" + branch, step_projection(rank, inner))
+            A_log = torch.arange(1.0, d_state + 1).log().repeat(inner, 1)
+            self.register_parameter(f"A{branch}_log", nn.Parameter(A_log))
+            self.register_parameter("D" + branch, nn.Parameter(torch.ones(inner)))
         self.out_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor, sizes: Tensor) -> Tensor:
         """(N, D) of groups of `sizes` (G,), one behind the other, to (N, D); no group sees another."""
         W_u, W_z = self.in_proj.weight.chunk(2)  # [u; z] = W_in x; z comes last, when the rest is gone from memory
-        # Both directions, forward and backward, at once: (2, N, ·)
-        u = causal_conv(F.linear(x, W_u), sizes, self.conv1d, self.conv1d_b)
-        u = F.silu(u, inplace=not torch.is_grad_enabled())
-        dt, B, C = torch.bmm(u, both(self.x_proj.weight, self.x_proj_b.weight).mT).split(self.split, dim=2)
-        W_dt, b_dt = both(self.dt_proj.weight, self.dt_proj_b.weight), both(self.dt_proj.bias, self.dt_proj_b.bias)
-        dt = F.softplus(torch.baddbmm(b_dt.unsqueeze(1), dt, W_dt.mT))
-        A = -both(self.A_log, self.A_b_log).exp()
-        D = both(self.D, self.D_b)
-        y = selective_scan(u, dt, A, B, C, D, sizes, reverse=(False, True), backend=self.scan).sum(0)
-        del u, dt  # room for the gate
+        y = self.merge(self.state_space(self.convolve(F.linear(x, W_u), sizes), sizes))
         gate = F.silu(F.linear(x, W_z))
-        out: Tensor = self.out_proj(y * gate)  # W_out (y_forward silu(z) + y_backward silu(z))
+        out: Tensor = self.out_proj(y * gate)  # W_out (sum over branches of y silu(z))
         return out
 
+    def convolve(self, u: Tensor, sizes: Tensor) -> Tensor:
+        """What each branch scans, but for SiLU: (N, E) to (K, N, E)."""
+        return causal_conv(u, sizes, self.convs, self.reverse)
 
-def both(forward: Tensor, backward: Tensor) -> Tensor:
-    """The parameters of both directions, (2, …)."""
-    return torch.stack([forward, backward])
+    def merge(self, y: Tensor) -> Tensor:
+        """The branches' (K, N, E) to (N, E)."""
+        return y.sum(0)
+
+    def state_space(self, u: Tensor, sizes: Tensor) -> Tensor:
+        """SiLU, dt, B and C of it, and the scan, of all branches at once: (K, N, E) to (K, N, E)."""
+        u = F.silu(u, inplace=not torch.is_grad_enabled())
+        dt, B, C = torch.bmm(u, self.stack("x_proj{}.weight").mT).split(self.split, dim=2)
+        b_dt = self.stack("dt_proj{}.bias").unsqueeze(1)
+        dt = F.softplus(torch.baddbmm(b_dt, dt, self.stack("dt_proj{}.weight").mT))
+        A = -self.stack("A{}_log").exp()
+        return selective_scan(u, dt, A, B, C, self.stack("D{}"), sizes, self.reverse, self.scan)
+
+    @property
+    def convs(self) -> list[nn.Conv1d]:
+        """The branches' convolutions."""
+        return [getattr(self, "conv1d" + branch) for branch in self.branches]
+
+    def stack(self, name: str) -> Tensor:
+        """A parameter of every branch, (K, …)."""
+        return torch.stack([attrgetter(name.format(branch))(self) for branch in self.branches])
+
+
+class BiMamba(Mamba):
+    """Two branches, one forward and one backward."""
+
+    branches = ("", "_b")
+    reverse = (False, True)
+    A_b_log: nn.Parameter
+    D_b: nn.Parameter
 
 
 def step_projection(rank: int, inner: int) -> nn.Linear:
@@ -72,24 +102,23 @@ def step_projection(rank: int, inner: int) -> nn.Linear:
     return projection
 
 
-def causal_conv(x: Tensor, sizes: Tensor, forward: nn.Conv1d, backward: nn.Conv1d) -> Tensor:
-    """Depthwise convolution of each group over its past, and over its future: (N, E) to (2, N, E).
+def causal_conv(x: Tensor, sizes: Tensor, convs: Sequence[nn.Conv1d], reverse: Sequence[bool]) -> Tensor:
+    """Depthwise convolutions of each group over its past, or in reverse over its future: (N, E) to (K, N, E).
 
     A sum of shifted copies of x, in which gaps of zeros keep the groups apart.
     """
-    taps = both(forward.weight, backward.weight).squeeze(2)  # (2, E, W), the last tap meets the instance itself
-    gap = taps.shape[2] - 1
+    gap = convs[0].kernel_size[0] - 1
     group = torch.repeat_interleave(sizes)
     row = torch.arange(len(x), device=x.device) + gap * group
     length = len(x) + gap * (len(sizes) - 1)
     padded = x.new_zeros(length + 2 * gap, x.shape[1]).index_copy(0, row + gap, x)
-    assert forward.bias is not None
-    assert backward.bias is not None
-    directions = []
-    for k, bias in enumerate((forward.bias, backward.bias)):
-        out = bias.expand(length, -1)
+    outputs = []
+    for conv, backwards in zip(convs, reverse, strict=True):
+        taps = conv.weight.squeeze(1)  # (E, W), the last tap meets the instance itself
+        assert conv.bias is not None
+        out = conv.bias.expand(length, -1)
         for j in range(gap + 1):
-            start = 2 * gap - j if k else j
-            out = torch.addcmul(out, padded[start : start + length], taps[k, :, j])
-        directions.append(out.index_select(0, row))
-    return torch.stack(directions)
+            start = 2 * gap - j if backwards else j
+            out = torch.addcmul(out, padded[start : start + length], taps[:, j])
+        outputs.append(out.index_select(0, row))
+    return torch.stack(outputs)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gmmamba.models import known
 from gmmamba.models.bimamba import BiMamba
+from gmmamba.models.initial import xavier_linears
 
 MASKS = ("published", "straight_through", "gated", "adaptive")
 POOLINGS = ("attention", "max")
@@ -69,12 +70,7 @@ class IMM(nn.Module):
         self.BiMamba2 = nn.ModuleList([nn.LayerNorm(width), BiMamba(width, d_state, scan=scan)]) if attend else None
         self.group_ins_attention = score_head(width) if attend else None
         # The published initialisation reaches into the mixers: it overwrites W_dt and sets b_dt = 0.
-        spared = set() if init == "published" else set(mixer_modules(self))
-        for module in self.modules():
-            if isinstance(module, nn.Linear) and module not in spared:
-                nn.init.xavier_normal_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        xavier_linears(self, spare=() if init == "published" else (BiMamba,))
         if self.mask_attention is not None and mask != "published":
             nn.init.zeros_(self.mask_attention[2].weight)  # type: ignore[arg-type]
 
@@ -121,13 +117,6 @@ class IMM(nn.Module):
 def score_head(width: int) -> nn.Sequential:
     """Lin(tanh(Lin(x))): one score an instance; 128 hidden units at width 512."""
     return nn.Sequential(nn.Linear(width, width // 4), nn.Tanh(), nn.Linear(width // 4, 1))
-
-
-def mixer_modules(module: nn.Module) -> Iterator[nn.Module]:
-    """Every module that is part of a BiMamba."""
-    for child in module.modules():
-        if isinstance(child, BiMamba):
-            yield from child.modules()
 
 
 def residual(norm_and_mixer: nn.ModuleList, x: Tensor, sizes: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from gmmamba.verify.attention_models import (
 from gmmamba.verify.baselines import BaselineCase
 from gmmamba.verify.checks import Check, Checks
 from gmmamba.verify.gmmamba import replay_bimamba, replay_gmmamba
+from gmmamba.verify.sequence_models import replay_mambamil, replay_mhim, replay_s4mil, replay_transmil
 
 ADAPTERS: dict[str, Callable[[BaselineCase], Checks | None]] = {
     "abmil": replay_abmil,
@@ -36,6 +37,10 @@ ADAPTERS: dict[str, Callable[[BaselineCase], Checks | None]] = {
     "ibmil": replay_ibmil,
     "ilra": replay_ilra,
     "acmil": replay_acmil,
+    "transmil": replay_transmil,
+    "mhim": replay_mhim,
+    "s4mil": replay_s4mil,
+    "mambamil": replay_mambamil,
 }
 """How the cases of each method are replayed; None for a flavour that is not built."""
 

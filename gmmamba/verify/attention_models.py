@@ -21,7 +21,7 @@ from gmmamba.models.dsmil import DSMIL
 from gmmamba.models.dtfd import DTFD
 from gmmamba.models.ibmil import IBMIL
 from gmmamba.models.ilra import ILRA
-from gmmamba.verify.baselines import BaselineCase, backward, norm_checks, replay_model, value_checks
+from gmmamba.verify.baselines import BaselineCase, backward, norm_checks, replay_model, shapes_of, value_checks
 from gmmamba.verify.checks import Checks
 
 
@@ -212,10 +212,6 @@ QUERY_KEY = {"q": "query", "k": "key"}
 def headed_sum(name: str, own: str) -> dict[str, str]:
     parts = {"v_proj": "value", "out_proj": "out", "layer_norm": "norm"}
     return {f"{name}.{theirs}": f"{own}.{ours}" for theirs, ours in parts.items()}
-
-
-def shapes_of(case: BaselineCase) -> dict[str, list[int]]:
-    return {name: shape for name, shape, _ in case.parameters}
 
 
 def load_in_order(model: nn.Module, case: BaselineCase) -> dict[str, str] | None:

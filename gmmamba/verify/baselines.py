@@ -45,6 +45,11 @@ class BaselineCase:
         return {name: baseline_weight(name, shape, kind, self.spec["seed"]) for name, shape, kind in self.parameters}
 
 
+def shapes_of(case: BaselineCase) -> dict[str, list[int]]:
+    """By published name."""
+    return {name: shape for name, shape, _ in case.parameters}
+
+
 def baseline_weight(name: str, shape: list[int], kind: str, seed: int) -> Tensor:
     """The weight rule of baselines/README.md."""
     rs = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)

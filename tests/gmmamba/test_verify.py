@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,7 @@ def write_cases(folder: Path, index: dict[str, Any], arrays: Sequence[Mapping[st
         np.savez(folder / case["file"], **content)
 
 
-@pytest.mark.parametrize("method", ["clam", "dsmil", "dtfd", "ibmil", "ilra", "acmil"])
+@pytest.mark.parametrize("method", ["clam", "dsmil", "dtfd", "ibmil", "ilra", "acmil", "s4mil"])
 def test_every_wrong_number_of_a_baseline_is_seen(
     shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -130,6 +131,20 @@ def test_a_gradient_norm_is_compared(one_case: Path) -> None:
     manifest["t02"]["grad_norms_fp64"]["cls.fc2.bias"] *= 1 + 1e-9
     (one_case / "manifest.json").write_text(json.dumps(manifest))
     assert not verify(one_case)
+
+
+def test_a_wrong_mask_of_mhim_is_seen(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = shared / "reference" / "baselines" / "mhim"
+    index = json.loads((source / "index.json").read_text())
+    index["cases"] = [case for case in index["cases"] if "step" in case["variant"]]
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    for case in index["cases"]:
+        arrays = dict(np.load(source / case["file"]))
+        arrays["mask_ids"] = arrays["mask_ids"][:, ::-1]
+        np.savez(tmp_path / case["file"], **arrays)
+    assert not verify(tmp_path)
+    printed = capsys.readouterr().out
+    assert all(re.search(rf"{Path(case['file']).stem}: OUT.*mask_ids \d+e\+\d+!", printed) for case in index["cases"])
 
 
 def test_a_folder_without_cases_is_an_error(tmp_path: Path) -> None:
