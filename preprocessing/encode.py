@@ -60,7 +60,7 @@ def encode_slide(
         torch.set_num_threads(threads)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Patches come as (B, P, P, 3), the layout that convolutions on a GPU are fastest in.
-        encoder = Encoder(settings, record["patch_px"]).to(device, memory_format=torch.channels_last)
+        encoder = Encoder(settings, record["patch_px"]).to(device).to(memory_format=torch.channels_last)
         attributes = replace(attributes, encoder_weights_sha256=encoder.weights_sha256)
         log.info("%s: %d patches, %s on %s", record["slide_id"], len(coords), settings.name, device)
         try:
