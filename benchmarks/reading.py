@@ -27,6 +27,7 @@ import tifffile
 
 from benchmarks.measure import Step, cpu_name, interleaved_medians, markdown_table, write_section
 from preprocessing.demo_cohort import PlannedSlide, paint_slide
+from preprocessing.jpeg_tiles import jpeg_tiles
 from preprocessing.patches import PatchReader, Reader, ReadingSettings
 from preprocessing.slide import Slide, open_slide, resize
 from preprocessing.tile import patch_grid
@@ -145,6 +146,23 @@ def by_ours(slide: Slide, coords: np.ndarray, mpp: float, reader: Reader, thread
     return lambda: consume(pixels(), len(coords))
 
 
+def decoder_alone(slide: Slide, level: int, scale: int, threads: int) -> Step:
+    """Every tile of the level decoded once, and nothing else: no way of reading can be faster."""
+    tiles = jpeg_tiles(slide, level)
+    if tiles is None:
+        raise RuntimeError("the slide's tiles cannot be read directly")
+
+    def decode_row(row: int) -> None:
+        for column in range(tiles.columns):
+            tiles.decode(row, column, scale)
+
+    def step() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(decode_row, range(tiles.rows)))
+
+    return step
+
+
 def measure(path: Path, mpp: float, threads: int, repeats: int) -> list[list[str]]:
     slide = open_slide(path, "bench", "bench")
     level = slide.best_level(mpp)
@@ -162,6 +180,9 @@ def measure(path: Path, mpp: float, threads: int, repeats: int) -> list[list[str
         "ours, exact": by_ours(own["exact"], coords, mpp, "exact", threads),
         "ours, scaled": by_ours(own["scaled"], coords, mpp, "scaled", threads),
     }
+    if mpp == 2 * MPP:
+        steps["the decoder alone"] = decoder_alone(own["exact"], level, 1, threads)
+        steps["the decoder alone, scaled"] = decoder_alone(own["scaled"], level, 2, threads)
     medians = interleaved_medians(steps, repeats, budget=10_000)
     first = medians["OpenSlide + PIL"]
     return [

@@ -208,7 +208,7 @@ class PlannedRegions:
                     del self._kept[next(iter(self._kept))]
             return pixels
         except BaseException:
-            del self._kept[tile]  # whoever waits tries again, and fails by itself
+            self._kept.pop(tile, None)  # whoever waits tries again, and fails by itself
             raise
         finally:
             ready.set()
