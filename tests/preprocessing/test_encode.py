@@ -16,9 +16,10 @@ import torch
 from preprocessing.encode import encode_slide
 from preprocessing.encoders import Encoder, EncoderSettings
 from preprocessing.errors import SlideError
+from preprocessing.grid import lay_grid
 from preprocessing.patches import read_batches
 from preprocessing.slide import open_slide
-from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
+from preprocessing.tile import Outputs, TilingSettings, tile_slide
 from slidestore import StoreError, open_store
 from tests.slides import PINK, blob, write_aperio
 
@@ -27,7 +28,8 @@ LINES_UM = 10  # distance of the painted lines
 
 
 def tile(path: Path, patch_px: int = 64) -> Outputs:
-    outputs = Outputs(*(path.parent / f"S1{end}" for end in (".npy", ".json", ".thumbnail.jpg", ".mask.png")))
+    ends = (".npy", ".json", ".thumbnail.jpg", ".mask.png", ".geojson")
+    outputs = Outputs(*(path.parent / f"S1{end}" for end in ends))
     tile_slide(path, "S1", "a", TilingSettings(patch_px=patch_px), outputs)
     return outputs
 
@@ -62,7 +64,8 @@ def test_a_painted_grid_lands_where_it_should(
 
     slide = open_slide(path, "S1", "a")
     patch_px_level0 = patch_px * target_mpp / level0_mpp
-    coords, _ = patch_grid(np.ones((50, 80), bool), (width, height), patch_px_level0, 0.5)
+    grid = lay_grid((width, height), patch_px_level0, patch_px_level0)
+    coords = grid.coords(np.ones(grid.shape, bool))
     record = {"patch_px": patch_px, "mpp": target_mpp, "patch_px_level0": patch_px_level0}
     patches = np.concatenate(list(read_batches(slide, coords, record["patch_px"], record["mpp"], 16, 2)))
     assert patches.shape == (len(coords), patch_px, patch_px, 3)
