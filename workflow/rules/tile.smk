@@ -25,3 +25,25 @@ rule tile_slide:
         " --settings {params.settings:q} {params.mpp} {params.mask:q} --coords {output.coords}"
         " --record {output.record} --thumbnail {output.thumbnail} --mask {output.mask} --contours {output.contours}"
         " > {log} 2>&1"
+
+
+rule contact_sheet:
+    input:
+        cohort_pictures,
+    output:
+        "results/{cohort}/contact_sheet.html",
+    log:
+        "results/{cohort}/logs/contact_sheet.log",
+    conda:
+        "../../envs/gmmamba.yaml"
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(30),
+    params:
+        sheet=sheet_file,
+        content=sheet_digest,
+        tiles="results/{cohort}/tiles",
+        code=code_digest("gmmamba.contact_sheet", files=(Path(workflow.basedir, "gmmamba/contact_sheet.html.j2"),)),
+    shell:
+        "python -m gmmamba contact-sheet --cohort {wildcards.cohort} --sheet={params.sheet:q} --tiles {params.tiles}"
+        " --output {output} > {log} 2>&1"
