@@ -26,6 +26,7 @@ include: "workflow/rules/report.smk"
 rule all:
     default_target: True
     input:
+        contact_sheets(),
         slide_tables(),
         group_files(),
         reports(),

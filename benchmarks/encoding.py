@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 
 import cv2
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
@@ -22,9 +21,9 @@ from benchmarks.measure import cpu_name, markdown_table, seconds, write_section
 from benchmarks.reading import PATCH_PX, make_slide
 from preprocessing.encode import encode_patches
 from preprocessing.encoders import Encoder, EncoderSettings
+from preprocessing.grid import whole_grid
 from preprocessing.patches import PatchReader, Reader, ReadingSettings
 from preprocessing.slide import open_slide
-from preprocessing.tile import patch_grid
 
 MPP = 0.5
 READERS: list[Reader] = ["openslide", "exact", "scaled"]
@@ -49,7 +48,7 @@ def end_to_end(
     path: Path, encoder: Encoder, device: torch.device, reader: Reader, patches: int, threads: int
 ) -> list[str]:
     slide = open_slide(path, "bench", "bench")
-    coords, _ = patch_grid(np.ones((64, 64), bool), (slide.width, slide.height), PATCH_PX * MPP / slide.level0_mpp, 0.5)
+    coords = whole_grid((slide.width, slide.height), PATCH_PX * MPP / slide.level0_mpp)
     coords = coords[:patches]
 
     def run() -> float:

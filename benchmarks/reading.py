@@ -27,10 +27,10 @@ import tifffile
 
 from benchmarks.measure import Step, cpu_name, interleaved_medians, markdown_table, write_section
 from preprocessing.demo_cohort import PlannedSlide, paint_slide
+from preprocessing.grid import whole_grid
 from preprocessing.jpeg_tiles import jpeg_tiles
 from preprocessing.patches import PatchReader, Reader, ReadingSettings
 from preprocessing.slide import Slide, open_slide, resize
-from preprocessing.tile import patch_grid
 
 MPP, TILE, PATCH_PX, BATCH = 0.25, 256, 224, 64
 PERIOD = 2048  # the painted pixels are repeated, mirrored, so that neighbours fit
@@ -167,7 +167,7 @@ def measure(path: Path, mpp: float, threads: int, repeats: int) -> list[list[str
     slide = open_slide(path, "bench", "bench")
     level = slide.best_level(mpp)
     side = round(PATCH_PX * mpp / MPP / LEVELS[level])
-    coords, _ = patch_grid(np.ones((64, 64), bool), (slide.width, slide.height), PATCH_PX * mpp / MPP, 0.5)
+    coords = whole_grid((slide.width, slide.height), PATCH_PX * mpp / MPP)
     # A slide each with a cache of its own, so that none finds what another has decoded.
     own = {
         name: open_slide(path, "bench", "bench") for name in ("pillow", "supertiles", "exact", "scaled", "openslide")

@@ -64,6 +64,13 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--max-failed-share", type=float, required=True)
     sub.add_argument("--output", type=Path, required=True)
 
+    sub = command(
+        "contact-sheet", contact_sheet, "one page with the picture, the counts and the problems of every slide"
+    )
+    add_cohort(sub)
+    add_tiles(sub)
+    sub.add_argument("--output", type=Path, required=True)
+
     sub = command("group", group, "group the patches of every slide of a cohort (LG)", GROUPING)
     add_cohort(sub)
     add_tiles(sub)
@@ -235,6 +242,12 @@ def account(options: argparse.Namespace) -> None:
         options.cohort, sheet_slides(options), options.tiles, options.stores, options.encoder,
         options.max_failed_share, options.output,
     )  # fmt: skip
+
+
+def contact_sheet(options: argparse.Namespace) -> None:
+    from gmmamba.contact_sheet import contact_sheet
+
+    contact_sheet(options.cohort, sheet_slides(options), options.tiles, options.output)
 
 
 def group(options: argparse.Namespace) -> None:

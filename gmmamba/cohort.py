@@ -1,17 +1,19 @@
 """Slide sheets: one CSV a cohort, checked line by line before any job starts.
 
 Columns: ``slide_id, patient_id, label, path`` and optional ``mpp`` (µm per pixel of level 0), ``magnification``
-(objective power, taken as mpp = 10 / magnification), ``split`` (train, val, test), ``exclude`` (a reason, or yes) and
-``site`` (where the slide comes from). Paths are absolute or relative to the sheet. Further columns are ignored, unless
-they look misspelt.
+(objective power, taken as mpp = 10 / magnification), ``split`` (train, val, test), ``exclude`` (a reason, or yes),
+``site`` (where the slide comes from), ``mask`` (a file that says where the slide's tissue is) and ``tiling.<key>`` (the
+slide's own value of that key of `tiling`). Paths are absolute or relative to the sheet. Further columns are ignored,
+unless they look misspelt.
 """
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +22,9 @@ import pandas as pd
 from gmmamba.splits import GOES_BY, PARTS, SplitError, SplitSettings, patient_folds
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
-OPTIONAL = ["mpp", "magnification", "split", "exclude", "site"]
+OPTIONAL = ["mpp", "magnification", "split", "exclude", "site", "mask"]
+TILING = "tiling."  # begins the columns that override a key of `tiling`
+MASK_SUFFIXES = (".geojson", ".json", ".png", ".tif", ".tiff")
 SAFE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 TORN = {  # what a patient that a split scheme cannot place has, and the remedy
@@ -42,7 +46,11 @@ TORN = {  # what a patient that a split scheme cannot place has, and the remedy
 
 @dataclass(frozen=True)
 class Slide:
-    """One row of a sheet. `mpp` is of level 0, in µm per pixel, None where the file must say; `line` counts from 1."""
+    """One row of a sheet. `mpp` is of level 0, in µm per pixel, None where the file must say; `line` counts from 1.
+
+    `mask` is the file that says where tissue is, None where it is to be found; `tiling` has the row's own values of
+    keys of the config's `tiling`.
+    """
 
     slide_id: str
     patient_id: str
@@ -54,14 +62,21 @@ class Slide:
     split: str
     site: str
     exclude: str  # the reason, empty for slides that take part
+    mask: Path | None
+    tiling: dict[str, int | float | str]
 
 
 def read_sheet(
-    sheet: Path, cohort: str, mpp: float | None = None, magnification: float | None = None
+    sheet: Path,
+    cohort: str,
+    mpp: float | None = None,
+    magnification: float | None = None,
+    tiling_keys: Collection[str] = (),
 ) -> tuple[dict[str, Slide], list[str]]:
     """The slides of a sheet by id, and the problems found (all of them, each naming the line and the remedy).
 
-    `mpp` and `magnification` are the cohort's own, used for slides whose row gives neither.
+    `mpp` and `magnification` are the cohort's own, used for slides whose row gives neither. `tiling_keys` are the keys
+    that columns ``tiling.<key>`` may have; where there are none, these columns are not looked at.
     """
     if not sheet.is_file():
         return {}, [f"cohorts.{cohort}.sheet: {sheet} does not exist"]
@@ -71,7 +86,7 @@ def read_sheet(
         return {}, [f"{sheet} is not a CSV file in UTF-8: {error}"]
     if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
         return {}, [f"{sheet}: the lines have more cells than the first one has names; quote cells with commas"]
-    problems = list(_column_problems(sheet, list(table.columns)))
+    problems = list(_column_problems(sheet, list(table.columns), tiling_keys))
     if problems:
         return {}, problems
 
@@ -108,27 +123,47 @@ def read_sheet(
             problems.append(f"{place}: slide {slide_id} has no patient_id (repeat the slide_id if there is none)")
         if not cells["path"] or (not exclude and not path.exists()):
             problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
+        mask = sheet.parent / cells["mask"] if cells.get("mask") else None
+        if mask and mask.suffix.lower() not in MASK_SUFFIXES:
+            problems.append(f"{place}: slide {slide_id}: mask {mask} is none of {', '.join(MASK_SUFFIXES)}")
+        elif mask and not exclude and not mask.is_file():
+            problems.append(f"{place}: slide {slide_id}: no such mask: {mask} (mend the path, or empty the cell)")
         if (split := cells.get("split", "")) not in ("", *PARTS):
             problems.append(f"{place}: split {split!r} is none of {', '.join(PARTS)}")
         slides[slide_id] = Slide(
             slide_id, cells["patient_id"], cells["label"], path, index + 2,
             scale, source if scale is not None else None, split, cells.get("site", ""), exclude,
+            mask, {key: _value(cells[TILING + key]) for key in tiling_keys if cells.get(TILING + key)},
         )  # fmt: skip
     if not slides:
         problems.append(f"{sheet} lists no slide")
     return slides, problems
 
 
-def _column_problems(sheet: Path, columns: list[str]) -> Iterator[str]:
-    known = REQUIRED + OPTIONAL
-    extra = [c for c in columns if c not in known]
+def _value(cell: str) -> int | float | str:
+    """A cell as the config would have it: a number where it is one; "224.0", as spreadsheets write it, is 224."""
+    try:
+        number = float(cell)
+    except ValueError:
+        return cell
+    if not math.isfinite(number):
+        return cell
+    return int(number) if number.is_integer() else number
+
+
+def _column_problems(sheet: Path, columns: list[str], tiling_keys: Collection[str]) -> Iterator[str]:
+    known = REQUIRED + OPTIONAL + [TILING + key for key in tiling_keys]
+    extra = [c for c in columns if c not in known and (tiling_keys or not c.startswith(TILING))]
     for column in REQUIRED:
         if column not in columns:
             close = difflib.get_close_matches(column, extra, n=1)
             yield f"{sheet} has no column {column!r}" + (f" ({close[0]!r} is misspelt?)" if close else "")
     for column in extra:
         close = difflib.get_close_matches(column.lower(), known, n=1, cutoff=0.8)
-        if close and close[0] not in columns:
+        if column.startswith(TILING):
+            hint = f"did you mean {close[0]!r}?" if close else f"keys of `tiling`: {', '.join(tiling_keys)}"
+            yield f"{sheet}: unknown column {column!r}, {hint}"
+        elif close and close[0] not in columns:
             yield f"{sheet}: unknown column {column!r}, did you mean {close[0]!r}?"
 
 

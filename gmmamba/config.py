@@ -40,6 +40,10 @@ class Cohort:
     tiling: dict[str, Any]
     encoders: list[str]
 
+    def tiling_of(self, slide: Slide) -> dict[str, Any]:
+        """The tiling settings of one slide: the cohort's, and what the slide's row says otherwise."""
+        return {**self.tiling, **slide.tiling}
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -104,11 +108,16 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     problems: list[str] = []
     cohorts = {}
     for name, cohort in settings["cohorts"].items():
-        slides, found = read_sheet(Path(cohort["sheet"]), name, cohort.get("mpp"), cohort.get("magnification"))
+        sheet, tiling = Path(cohort["sheet"]), {**settings["tiling"], **cohort["tiling"]}
+        slides, found = read_sheet(sheet, name, cohort.get("mpp"), cohort.get("magnification"), list(tiling))
         problems += found
-        tiling = {**settings["tiling"], **cohort["tiling"]}
+        problems += overlap_problems(f"cohorts.{name}.tiling", tiling) or [
+            problem
+            for slide in slides.values()
+            for problem in slide_tiling_problems(f"{sheet}, line {slide.line}: tiling", slide.tiling, tiling, schema)
+        ]
         encoders = cohort.get("encoders", list(settings["encoders"]))
-        cohorts[name] = Cohort(name, Path(cohort["sheet"]), slides, tiling, encoders)
+        cohorts[name] = Cohort(name, sheet, slides, tiling, encoders)
     raise_if(problems)
 
     datasets = {}
@@ -180,6 +189,20 @@ def schema_problems(value: Any, schema: dict[str, Any], root: dict[str, Any], wh
             yield f"{prefix}{error.instance!r} must be made of letters, digits, '.', '_' and '-'"
         else:
             yield f"{prefix}{error.message}"
+
+
+def slide_tiling_problems(
+    where: str, own: Mapping[str, Any], tiling: dict[str, Any], schema: dict[str, Any]
+) -> list[str]:
+    """What is wrong with the tiling settings that a slide's row gives, by themselves and beside its cohort's."""
+    problems = list(schema_problems(own, schema["$defs"]["tiling"], schema, where))
+    return problems or (overlap_problems(where, {**tiling, **own}) if own else [])
+
+
+def overlap_problems(where: str, tiling: Mapping[str, Any]) -> list[str]:
+    if tiling["overlap_px"] < tiling["patch_px"]:
+        return []
+    return [f"{where}: overlap_px ({tiling['overlap_px']}) must be less than patch_px ({tiling['patch_px']})"]
 
 
 def model_problems(raw: Mapping[str, Any], schema: dict[str, Any]) -> Iterator[str]:

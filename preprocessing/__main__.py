@@ -17,8 +17,9 @@ def tile(args: argparse.Namespace) -> None:
     from preprocessing.tile import Outputs, TilingSettings, tile_slide
 
     settings = from_dict(TilingSettings, args.settings, "tiling settings")
-    outputs = Outputs(args.coords, args.record, args.thumbnail, args.mask)
-    record = tile_slide(args.slide, args.slide_id, args.cohort, settings, outputs, args.mpp, args.mpp_source)
+    outputs = Outputs(args.coords, args.record, args.thumbnail, args.mask, args.contours)
+    given = (args.mpp, args.mpp_source, args.tissue_mask)
+    record = tile_slide(args.slide, args.slide_id, args.cohort, settings, outputs, *given)
     print(f"{args.slide_id}: {record['status']}, {record['counts']['kept']} patches")
 
 
@@ -50,10 +51,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--settings", type=json.loads, default={}, help="tiling settings as JSON")
     command.add_argument("--mpp", type=float, help="the slide's level-0 µm per pixel, instead of the file's own")
     command.add_argument("--mpp-source", choices=["sheet", "config"], default="sheet", help="who says so")
+    command.add_argument(
+        "--tissue-mask", type=Path, help="where tissue is, instead of finding it: .geojson, .png, .tif"
+    )
     command.add_argument("--coords", type=Path, required=True, help="to write, .npy")
     command.add_argument("--record", type=Path, required=True, help="to write, .json")
     command.add_argument("--thumbnail", type=Path, required=True, help="to write, .jpg")
     command.add_argument("--mask", type=Path, required=True, help="to write, .png")
+    command.add_argument("--contours", type=Path, required=True, help="to write, .geojson")
 
     command = commands.add_parser("encode", help="turn the patches of a tiled slide into features")
     command.set_defaults(run=encode, preload=["preprocessing.encode", "zarr"])

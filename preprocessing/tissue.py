@@ -2,12 +2,15 @@
 
 Tissue is coloured, glass is not: saturation (HSV) after white balance on the slide's own background, median blur, a
 threshold (fixed, or Otsu's within plausible bounds), closing, removal of specks and small holes by their area in µm².
+Ink of pens is cut out last: closing would fill a stroke on tissue.
 """
 
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
+
+from preprocessing.quality import pen_marks, strokes, without_small_parts
 
 # Saturation (0-255) between which Otsu's threshold is trusted. On a nearly empty slide it would split the
 # noise of the glass, on a slide full of tissue it would split pale from dark tissue.
@@ -21,10 +24,12 @@ BLACK_VALUE = 50  # pixels darker than this are black fill, ink or shadow; their
 
 @dataclass(frozen=True)
 class Tissue:
-    """mask (H, W) bool; saturation threshold used (0-255); colour of the glass (R, G, B); warnings in
-    words."""
+    """mask and ink, (H, W) bool and never both; the white-balanced picture (H, W, 3) uint8 RGB; saturation threshold
+    used (0-255); colour of the glass (R, G, B); warnings in words."""
 
     mask: np.ndarray
+    ink: np.ndarray
+    balanced: np.ndarray
     threshold: float
     background: tuple[int, int, int]
     warnings: list[str]
@@ -46,14 +51,19 @@ def find_tissue(
     warnings = []
     background = estimate_background(image)
     # White-balanced, so that tinted glass does not count as tissue, nor tissue on it as glass.
-    balanced = np.minimum(image * (255 / np.maximum(background, 1.0)), 255).astype(np.uint8)
+    grey_levels = np.arange(256)[:, None] * (255 / np.maximum(background, 1.0))
+    balanced = np.asarray(cv2.LUT(image, np.minimum(grey_levels, 255).astype(np.uint8)[None]))
     hsv = np.asarray(cv2.cvtColor(balanced, cv2.COLOR_RGB2HSV))
-    saturation = np.where(hsv[..., 2] < BLACK_VALUE, 0, hsv[..., 1]).astype(np.uint8)
+    saturation = hsv[..., 1].copy()
+    saturation[hsv[..., 2] < BLACK_VALUE] = 0
     if np.ptp(background) / background.max() * 255 > MAX_GLASS_SATURATION:
         colour = ", ".join(str(round(float(c))) for c in background)
         warnings.append(f"implausible colours: the background is RGB ({colour}), not white; check the slide's decoding")
+        ink = np.zeros(saturation.shape, bool)
     else:
-        saturation[pen_marks(hsv)] = 0
+        marks = pen_marks(hsv)
+        saturation[marks] = 0
+        ink = strokes(marks, mpp)
     saturation = np.asarray(cv2.medianBlur(saturation, odd(median_blur_um / mpp)), np.uint8)
     if saturation_threshold == "otsu":
         otsu, _ = cv2.threshold(saturation, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
@@ -67,39 +77,27 @@ def find_tissue(
     mask = without_small_parts(mask, min_tissue_um2 / mpp**2)
     mask = 1 - without_small_parts(1 - mask, min_hole_um2 / mpp**2)
     red, green, blue = (round(float(c)) for c in background)
-    return Tissue(mask.astype(bool), threshold, (red, green, blue), warnings)
+    return Tissue(mask.astype(bool) & ~ink, ink, balanced, threshold, (red, green, blue), warnings)
 
 
 def estimate_background(image: np.ndarray) -> np.ndarray:
     """(3,) float RGB: median colour of the bright, flat pixels of (H, W, 3) uint8; white where there are
     few."""
     kernel = np.ones((3, 3), np.uint8)
-    spread = (cv2.dilate(image, kernel) - cv2.erode(image, kernel)).max(axis=2)
-    glass = image[(spread <= FLAT_RANGE) & (image.max(axis=2) >= GLASS_VALUE)]
-    if len(glass) < MIN_GLASS_SHARE * image.shape[0] * image.shape[1]:
+    spread = largest(cv2.subtract(cv2.dilate(image, kernel), cv2.erode(image, kernel)))
+    glass = ((spread <= FLAT_RANGE) & (largest(image) >= GLASS_VALUE)).astype(np.uint8)
+    n_pixels = int(glass.sum())
+    if n_pixels < MIN_GLASS_SHARE * glass.size:
         return np.full(3, 255.0)
-    return np.median(glass, axis=0)
+    seen = [np.cumsum(cv2.calcHist([image], [channel], glass, [256], [0, 256])) for channel in range(3)]
+    middle = ((n_pixels - 1) // 2 + 1, n_pixels // 2 + 1)  # one pixel of an odd number, else two, counted from 1
+    return np.array([np.searchsorted(counts, middle).mean() for counts in seen])
 
 
-def pen_marks(hsv: np.ndarray) -> np.ndarray:
-    """(H, W) bool: ink of green, blue and red pens in an OpenCV HSV picture (hue 0-179); black ink is
-    colourless.
-
-    No stain is green; stains come as blue and red too, but not as strong as ink.
-    """
-    hue, saturation = hsv[..., 0], hsv[..., 1]
-    green = (hue > 35) & (hue < 95) & (saturation > 40)
-    blue = (hue >= 95) & (hue < 122) & (saturation > 150)
-    red = ((hue < 6) | (hue > 176)) & (saturation > 180)
-    return green | blue | red
-
-
-def without_small_parts(mask: np.ndarray, min_pixels: float) -> np.ndarray:
-    """The (H, W) uint8 0/1 mask without 8-connected parts of fewer than `min_pixels` pixels."""
-    _, labels, stats, _ = cv2.connectedComponentsWithStats(mask, connectivity=8)
-    keep = stats[:, cv2.CC_STAT_AREA] >= min_pixels
-    keep[0] = False
-    return keep[labels].astype(np.uint8)
+def largest(image: np.ndarray) -> np.ndarray:
+    """(H, W) uint8: the largest of R, G and B."""
+    red, green, blue = cv2.split(image)
+    return np.asarray(cv2.max(cv2.max(red, green), blue))
 
 
 def odd(pixels: float) -> int:

@@ -38,6 +38,7 @@ def test_data_flows_one_way(package: str) -> None:
         "gmmamba.models",
         "gmmamba.fingerprint",
         "gmmamba.accounting",
+        "gmmamba.contact_sheet",
         "gmmamba.sheets",
         "preprocessing.tile",
     ],

@@ -134,9 +134,9 @@ def test_the_workflow_runs_to_its_report_and_a_new_cohort_costs_its_own_jobs(
     finish(start())
     added = cluster.jobs()[before:]
     assert {job["Comment"].removeprefix("rule_").split("_wildcards")[0] for job in added} == {
-        "tile_tile_slide", "encode_encode_slide", "group_cohort", "prepare_account_cohort"
+        "tile_tile_slide", "contact_sheet", "encode_encode_slide", "group_cohort", "prepare_account_cohort"
     }  # fmt: skip
-    assert len(added) == 4
+    assert len(added) == 5
 
 
 def test_a_cancelled_job_is_submitted_again_with_more(cluster: Cluster, project: Path, start: Start) -> None:

@@ -23,7 +23,9 @@ pytestmark = pytest.mark.slow
 
 SLIDES = [f"s{i}" for i in range(6)]
 PREPROCESSING = {"tile_slide", "encode_slide"}
-MODELLING = {"account_cohort", "group_cohort", "split_dataset", "train", "predict", "evaluate", "report"}
+MODELLING = {
+    "contact_sheet", "account_cohort", "group_cohort", "split_dataset", "train", "predict", "evaluate", "report",
+}  # fmt: skip
 COMMANDS = {
     "preprocessing": {"tile", "encode"},
     "gmmamba": {"account", "group", "split", "train", "predict-fold", "evaluate", "report"},

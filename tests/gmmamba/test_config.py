@@ -163,6 +163,50 @@ def test_mpp_comes_from_the_row_before_the_cohort(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_a_slide_overrides_tiling_and_names_its_mask(tmp_path: Path) -> None:
+    """Numbers as spreadsheets write them; an empty cell leaves the cohort's value."""
+    rows = [*(row + ",,," for row in good_rows()), "S90,P90,normal,n.svs,otsu,256.0,outlines/n.geojson"]
+    (tmp_path / "outlines").mkdir()
+    (tmp_path / "outlines" / "n.geojson").touch()
+    header = "slide_id,patient_id,label,path,tiling.saturation_threshold,tiling.patch_px,mask"
+    config = good_config(write_sheet(tmp_path, rows, header))
+    config["cohorts"]["demo"]["tiling"] = {"saturation_threshold": 12, "mpp": 1.0}
+    cohort = load_config(config).cohorts["demo"]
+    assert cohort.tiling_of(cohort.slides["S0"]) == cohort.tiling
+    assert cohort.tiling_of(cohort.slides["S90"]) == cohort.tiling | {"saturation_threshold": "otsu", "patch_px": 256}
+    assert cohort.slides["S90"].mask == tmp_path / "outlines" / "n.geojson"
+    assert cohort.slides["S0"].mask is None
+    TilingSettings(**cohort.tiling_of(cohort.slides["S90"]))  # as `tile` will build it
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "message"),
+    [
+        ("tiling.patch_px", "many", "slides.csv, line 22: tiling.patch_px: 'many' is not of type 'integer'"),
+        ("tiling.min_tissue_share", "30", "slides.csv, line 22: tiling.min_tissue_share: 30 is greater than"),
+        ("tiling.mpp", "nan", "slides.csv, line 22: tiling.mpp: 'nan' is not of type 'number'"),
+        ("tiling.overlap_px", "224", "line 22: tiling: overlap_px (224) must be less than patch_px (224)"),
+        ("tiling.patchpx", "", "slides.csv: unknown column 'tiling.patchpx', did you mean 'tiling.patch_px'?"),
+        ("tiling.colour", "", "slides.csv: unknown column 'tiling.colour', keys of `tiling`: patch_px, "),
+        ("tiling_patch_px", "256", "unknown column 'tiling_patch_px', did you mean 'tiling.patch_px'?"),
+        ("masks", "m.png", "unknown column 'masks', did you mean 'mask'?"),
+        ("mask", "absent.png", "slides.csv, line 22: slide S90: no such mask: "),
+        ("mask", "m.xml", "m.xml is none of .geojson, .json, .png, .tif, .tiff"),
+    ],
+)
+def test_a_slide_s_own_settings_are_checked_like_the_config(
+    tmp_path: Path, column: str, cell: str, message: str
+) -> None:
+    rows = [*(row + "," for row in good_rows()), f"S90,P90,normal,n.svs,{cell}"]
+    text = problems(good_config(write_sheet(tmp_path, rows, f"slide_id,patient_id,label,path,{column}")))
+    assert message in text
+
+
+def test_patches_that_overlap_wholly_are_an_error(config: dict[str, Any]) -> None:
+    config["cohorts"]["demo"]["tiling"] = {"overlap_px": 300}
+    assert "cohorts.demo.tiling: overlap_px (300) must be less than patch_px (224)" in problems(config)
+
+
 def test_a_misspelt_column_is_named(tmp_path: Path) -> None:
     rows = [row + ",0.5" for row in good_rows()]
     text = problems(good_config(write_sheet(tmp_path, rows, "slide_id,patient,label,path,mppp")))

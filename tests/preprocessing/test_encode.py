@@ -26,7 +26,8 @@ TINY = EncoderSettings(name="tiny", model="test_resnet", weights="random", batch
 
 
 def tile(path: Path, patch_px: int = 64) -> Outputs:
-    outputs = Outputs(*(path.parent / f"S1{end}" for end in (".npy", ".json", ".thumbnail.jpg", ".mask.png")))
+    ends = (".npy", ".json", ".thumbnail.jpg", ".mask.png", ".geojson")
+    outputs = Outputs(*(path.parent / f"S1{end}" for end in ends))
     tile_slide(path, "S1", "a", TilingSettings(patch_px=patch_px), outputs)
     return outputs
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from preprocessing import jpeg_tiles
 from preprocessing.errors import SlideError
+from preprocessing.grid import whole_grid
 from preprocessing.patches import PatchReader, Reader, ReadingSettings
 from preprocessing.slide import open_slide
-from preprocessing.tile import patch_grid
 from tests.slides import PINK, blob, tissue, write_aperio, write_tiled
 
 COLOURS = [("ycbcr", "420"), ("ycbcr", "422"), ("ycbcr", "444"), ("rgb", "444")]
@@ -44,7 +44,7 @@ def test_a_painted_grid_lands_where_it_should(
 
     slide = open_slide(path, "S1", "a")
     patch_px_level0 = patch_px * target_mpp / level0_mpp
-    coords, _ = patch_grid(np.ones((50, 80), bool), (width, height), patch_px_level0, 0.5)
+    coords = whole_grid((width, height), patch_px_level0)
     patches = np.empty((len(coords), patch_px, patch_px, 3), np.uint8)
     for batch in PatchReader(slide, coords, patch_px, target_mpp, ReadingSettings(reader)).batches(16, 2):
         patches[batch.rows] = batch.pixels
@@ -95,7 +95,7 @@ def test_the_slides_own_tiles_give_the_pixels_of_openslide(
 def test_scaled_pixels_are_nearly_the_exact_ones(tmp_path: Path) -> None:
     path = write_tiled(tmp_path / "a.tif", tissue(1500, 1500, dark=True))
     slide = open_slide(path, "S1", "a", mpp=0.25)
-    coords, _ = patch_grid(np.ones((50, 50), bool), (1500, 1500), 224 * 4, 0.5)
+    coords = whole_grid((1500, 1500), 224 * 4)
     for mpp, scale in ((0.5, 2), (1.0, 4), (0.7, 2)):
         exact, scaled = (PatchReader(slide, coords, 112, mpp, ReadingSettings(r)) for r in ("exact", "scaled"))
         assert scaled.regions is not None
@@ -106,7 +106,7 @@ def test_scaled_pixels_are_nearly_the_exact_ones(tmp_path: Path) -> None:
 
 def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = open_slide(write_tiled(tmp_path / "a.tif", tissue(1000, 900)), "S1", "a", mpp=0.25)
-    coords, _ = patch_grid(np.ones((50, 50), bool), (1000, 900), 100, 0.5)
+    coords = whole_grid((1000, 900), 100)
     reader = PatchReader(slide, coords, 100, 0.25)
     decoded: list[tuple[int, int]] = []
     decode = jpeg_tiles.JpegTiles.decode

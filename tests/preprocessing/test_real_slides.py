@@ -19,7 +19,7 @@ TINY = EncoderSettings(name="tiny", model="test_resnet", weights="random")
 
 
 def tile(slide: Path, folder: Path, target_mpp: float = 0.5, **given: Any) -> tuple[dict[str, Any], Outputs]:
-    outputs = Outputs(*(folder / f"S1{end}" for end in (".npy", ".json", ".thumbnail.jpg", ".mask.png")))
+    outputs = Outputs(*(folder / f"S1{end}" for end in (".npy", ".json", ".thumbnail.jpg", ".mask.png", ".geojson")))
     return tile_slide(slide, "S1", "real", TilingSettings(mpp=target_mpp), outputs, **given), outputs
 
 

@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
+from preprocessing.tile import REASONS, Outputs, TilingSettings, tile_slide
 from tests.slides import WHITE, blob, plain, write_aperio
 
 SMALL = TilingSettings(patch_px=64)
 
 
 def outputs_in(folder: Path) -> Outputs:
-    return Outputs(folder / "S1.npy", folder / "S1.json", folder / "S1.thumbnail.jpg", folder / "S1.mask.png")
+    return Outputs(*(folder / f"S1{end}" for end in (".npy", ".json", ".thumbnail.jpg", ".mask.png", ".geojson")))
 
 
 def tile(path: Path, settings: TilingSettings = SMALL, **given: Any) -> tuple[np.ndarray, dict[str, Any]]:
@@ -27,40 +27,13 @@ def tile(path: Path, settings: TilingSettings = SMALL, **given: Any) -> tuple[np
     assert record == returned
     assert cv2.imread(str(outputs.thumbnail)) is not None
     assert cv2.imread(str(outputs.mask)) is not None
+    assert json.loads(outputs.contours.read_text())["type"] == "FeatureCollection"
     assert not list(outputs.record.parent.glob(".*"))
     coords = np.load(outputs.coords)
     assert coords.dtype == np.int32
     assert record["counts"]["kept"] == len(coords)
-    assert record["counts"]["grid"] == sum(record["counts"][n] for n in ("kept", "little_tissue", "outside"))
+    assert record["counts"]["grid"] == sum(record["counts"][n] for n in ("kept", *REASONS))
     return coords, record
-
-
-@pytest.mark.parametrize("patch", [224.0, 361.29, 448.0, 100.5])
-def test_the_grid_does_not_drift_and_stays_inside(patch: float) -> None:
-    width, height = 9013, 5021
-    coords, counts = patch_grid(np.ones((70, 90), bool), (width, height), patch, 0.5)
-    columns = np.unique(coords[:, 0])
-    assert np.abs(columns - np.arange(len(columns)) * patch).max() <= 0.5
-    assert (coords + round(patch) <= (width, height)).all()
-    assert len(columns) in (int(width / patch), int(width / patch) - 1)
-    np.testing.assert_array_equal(coords, coords[np.lexsort((coords[:, 0], coords[:, 1]))])  # row-major
-    assert counts["little_tissue"] == 0
-
-
-def test_patches_are_kept_by_their_exact_share_of_tissue() -> None:
-    """Mask pixels of 10 level-0 px, patches of 25: 2.5 mask pixels, so shares fall between mask pixels."""
-    mask = np.zeros((20, 20), bool)
-    mask[:, :6] = True  # tissue up to x = 60: patch 0 whole, patch 1 whole, patch 2 (50-75) 10 / 25
-    for share, columns in [(0.39, 3), (0.41, 2), (1.0, 2)]:
-        coords, counts = patch_grid(mask, (200, 200), 25.0, share)
-        assert sorted(set(coords[:, 0])) == [0, 25, 50][:columns]
-        assert counts == {"grid": 64, "kept": 8 * columns, "little_tissue": 64 - 8 * columns, "outside": 0}
-
-
-def test_a_slide_smaller_than_a_patch_has_an_empty_grid() -> None:
-    coords, counts = patch_grid(np.ones((10, 10), bool), (100, 100), 224.0, 0.5)
-    assert coords.shape == (0, 2)
-    assert counts == {"grid": 1, "kept": 0, "little_tissue": 0, "outside": 1}
 
 
 @pytest.mark.parametrize("mpp", [0.25, 0.31, 0.5])
@@ -86,7 +59,7 @@ def test_equal_runs_give_equal_files(tmp_path: Path) -> None:
     for folder in ("1", "2"):
         tile_slide(path, "S1", "a", SMALL, outputs_in(tmp_path / folder))
         written.append({p.name: p.read_bytes() for p in (tmp_path / folder).iterdir()})
-    assert len(written[0]) == 4
+    assert len(written[0]) == 5
     assert written[0] == written[1]
 
 
@@ -128,6 +101,51 @@ def test_a_truncated_slide_fails_and_does_not_crash(tmp_path: Path, share: float
     assert "copy it anew" in record["reason"]
 
 
+def test_an_outline_or_a_picture_says_where_tissue_is(tmp_path: Path) -> None:
+    """The contours that tiling wrote give the same patches again; a picture of the left half gives those of it."""
+    path = write_aperio(tmp_path / "a.svs", blob(900, 900, 300))
+    found, record = tile(path)
+    given = tmp_path / "own.geojson"
+    given.write_bytes(outputs_in(tmp_path / "tiles").contours.read_bytes())
+    again, same = tile(path, tissue_mask=given)
+    assert abs(len(again) - len(found)) <= 5  # outlines are simplified, and a patch is four pixels of the mask wide
+    assert same["tissue_mm2"] == pytest.approx(record["tissue_mm2"], rel=0.06)
+    assert (same["tissue_mask"], same["saturation_threshold"]) == ("own.geojson", None)
+
+    left = np.zeros((90, 90), np.uint8)
+    left[:, :45] = 1
+    cv2.imwrite(str(tmp_path / "left.png"), left)
+    coords, record = tile(path, tissue_mask=tmp_path / "left.png")
+    assert (record["status"], record["tissue_mm2"]) == ("ok", pytest.approx(0.45**2 / 2, rel=0.02))
+    assert set(coords[:, 0]) == {0, 64, 128, 192, 256, 320, 384}
+
+    (tmp_path / "broken.geojson").write_text('{"type": "Polyg')
+    coords, record = tile(path, tissue_mask=tmp_path / "broken.geojson")
+    assert (len(coords), record["status"]) == (0, "failed")
+    assert "export it anew from QuPath" in record["reason"]
+
+
+def test_what_spoils_patches_is_counted(tmp_path: Path) -> None:
+    """A slide full of tissue with an area out of focus, a black corner and a pale strip, at thresholds that look."""
+    image = np.full((1280, 1280, 3), (200, 120, 170), np.uint8)
+    noise = np.random.default_rng(0).normal(0, 25, (2, 1280, 1280, 1))
+    noise[1] = np.kron(noise[1, ::32, ::32, 0], np.ones((32, 32)))[..., None]
+    image = np.clip(image + noise.sum(axis=0), 0, 255).astype(np.uint8)
+    image[:256, :256] = cv2.GaussianBlur(image, (0, 0), 8)[:256, :256]
+    image[:256, 1024:] = 5
+    image[1024:, :512] = (248, 236, 242)
+    path = write_aperio(tmp_path / "a.svs", image)
+    given = tmp_path / "all.png"
+    cv2.imwrite(str(given), np.ones((10, 10), np.uint8))
+    looking = TilingSettings(patch_px=128, min_sharpness=15, max_white_share=0.9, max_black_share=0.5)
+    _, record = tile(path, looking, tissue_mask=given)
+    counts = {reason: count for reason, count in record["counts"].items() if count}
+    assert counts == {"grid": 100, "kept": 84, "white": 8, "black": 4, "blurred": 4}
+    _, record = tile(path, TilingSettings(patch_px=128, max_patches=30), tissue_mask=given)
+    counts = {reason: count for reason, count in record["counts"].items() if count}
+    assert counts == {"grid": 100, "kept": 30, "over_cap": 70}
+
+
 def test_enlarged_patches_are_said(tmp_path: Path) -> None:
     path = write_aperio(tmp_path / "a.svs", blob(900, 900, 300), 1.0)
     assert tile(path)[1]["warnings"] == ["patches are enlarged: the slide has 1 µm/px, asked for 0.5"]
@@ -137,7 +155,7 @@ def test_the_command(tmp_path: Path) -> None:
     path = write_aperio(tmp_path / "a.svs", blob(900, 900, 300), None)
     command = [sys.executable, "-m", "preprocessing", "tile", "--slide", str(path), "--slide-id", "S1", "--cohort", "a"]
     command += ["--mpp", "0.5", "--settings", '{"patch_px": 64}']
-    for name in ("coords", "record", "thumbnail", "mask"):
+    for name in ("coords", "record", "thumbnail", "mask", "contours"):
         command += [f"--{name}", str(getattr(outputs_in(tmp_path), name))]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import cv2
 import numpy as np
 import pytest
 
+from preprocessing.quality import find_folds
 from preprocessing.tile import TilingSettings
 from preprocessing.tissue import Tissue, find_tissue
 
@@ -81,6 +82,40 @@ def test_pen_marks_are_no_tissue(ink: tuple[int, int, int]) -> None:
     mask = tissue_of(image).mask
     assert mask[150, 100]
     assert mask[:, 180:].sum() < 0.05 * 10 * 260
+
+
+@pytest.mark.parametrize("ink", [(30, 140, 60), (40, 70, 190), (200, 25, 25), (25, 25, 28)], ids=str)
+def test_a_stroke_on_tissue_is_cut_out_and_nothing_else(ink: tuple[int, int, int]) -> None:
+    """A ring of pen around tissue, as wide as a thin felt tip; the tissue is pale outside it."""
+    image = glass()
+    cv2.rectangle(image, (20, 20), (280, 280), (228, 208, 220), -1)
+    cv2.circle(image, (150, 150), 60, PINK, -1)
+    image[20:281, 20:281] = np.clip(
+        image[20:281, 20:281] + np.random.default_rng(0).normal(0, 8, (261, 261, 1)), 0, 255
+    )
+    cv2.circle(image, (150, 150), 90, ink, 6)
+    found = tissue_of(through_jpeg(image, 80))
+    ring = (image == ink).all(axis=2)
+    assert not found.mask[ring].any()
+    assert found.ink[ring].mean() > 0.97
+    assert not (found.mask & found.ink).any()
+    far = cv2.dilate(ring.astype(np.uint8), np.ones((7, 7), np.uint8)) == 0
+    assert found.mask[30:270, 30:270][far[30:270, 30:270]].all()
+    assert not found.ink[far].any()
+
+
+def test_folds_are_where_tissue_is_twice_as_dense() -> None:
+    image = np.full((300, 300, 3), 255, np.uint8)
+    light, dense = np.array(PINK) / 255, (np.array(PINK) / 255) ** 2
+    cv2.rectangle(image, (20, 20), (280, 280), (light * 255).tolist(), -1)
+    cv2.line(image, (60, 250), (250, 60), (dense * 255).tolist(), 20)
+    image = np.clip(image * np.random.default_rng(0).normal(1, 0.1, (300, 300, 1)), 0, 255).astype(np.uint8)
+    fold = cv2.line(np.zeros((300, 300), np.uint8), (60, 250), (250, 60), 1, 20) > 0
+    found = tissue_of(image)
+    folds = find_folds(found.balanced, found.mask, MPP, 1.6)
+    assert (folds & fold).sum() > 0.8 * folds.sum()
+    assert (folds & fold).sum() > 0.7 * fold.sum()
+    assert not find_folds(found.balanced, found.mask, MPP, 2.5).any()
 
 
 def test_colours_out_of_place_are_said_and_the_mask_still_holds() -> None:

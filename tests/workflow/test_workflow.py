@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
+import numpy as np
 import pandas as pd
 import pytest
 import yaml
@@ -143,14 +146,18 @@ def account(*cohorts: str) -> set[str]:
     return {f"account_cohort cohort={cohort}, encoder=tiny" for cohort in cohorts}
 
 
+def contacts(*cohorts: str) -> set[str]:
+    return {f"contact_sheet cohort={cohort}" for cohort in cohorts}
+
+
 def group(*cohorts: str, groups: int = 3) -> set[str]:
     return {f"group_cohort cohort={cohort}, grouping=location-{groups}" for cohort in cohorts}
 
 
 TILE = slides("tile_slide", *ALL_SLIDES) | slides("tile_slide", *OTHER, cohort="b")
 ENCODE = slides("encode_slide", *ALL_SLIDES) | slides("encode_slide", *OTHER, cohort="b")
-ACCOUNT, GROUP = account("a", "b"), group("a", "b")
-EVERYTHING = TILE | ENCODE | ACCOUNT | GROUP | SPLIT | after_training(*EXPERIMENTS)
+ACCOUNT, GROUP, CONTACTS = account("a", "b"), group("a", "b"), contacts("a", "b")
+EVERYTHING = TILE | CONTACTS | ENCODE | ACCOUNT | GROUP | SPLIT | after_training(*EXPERIMENTS)
 
 
 def test_every_slide_is_accounted_for(finished: Path) -> None:
@@ -163,6 +170,15 @@ def test_every_slide_is_accounted_for(finished: Path) -> None:
     splits = pd.read_csv(finished / "results/d/splits.csv")
     assert sorted(splits.slide_id) == sorted(GOOD)
     assert not list(finished.rglob("stolen")), "a slide's name was run as a command"
+
+
+def test_the_contact_sheet_shows_every_slide_the_failed_one_first(finished: Path) -> None:
+    page = (finished / "results/a/contact_sheet.html").read_text()
+    assert re.findall(r"<h2>(\w+) ", page) == ["broken", *GOOD]
+    assert "cannot be opened" in page
+    assert "http" not in page
+    for name in GOOD:
+        assert json.loads((finished / f"results/a/tiles/{name}.geojson").read_text())["features"]
 
 
 def test_results_hang_together(finished: Path) -> None:
@@ -201,14 +217,14 @@ def test_number_of_groups_of_one_experiment(project: Path) -> None:
 def test_tissue_threshold_of_one_cohort(project: Path) -> None:
     edit(project, lambda c: c["cohorts"]["a"].update(tiling={"saturation_threshold": 20}))
     assert plan(project) == (
-        slides("tile_slide", *ALL_SLIDES) | slides("encode_slide", *ALL_SLIDES) | account("a") | group("a") | SPLIT
-        | after_training(*EXPERIMENTS)
+        slides("tile_slide", *ALL_SLIDES) | slides("encode_slide", *ALL_SLIDES) | contacts("a") | account("a")
+        | group("a") | SPLIT | after_training(*EXPERIMENTS)
     )  # fmt: skip
 
 
 def test_encoder(project: Path) -> None:
     edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
-    assert plan(project) == EVERYTHING - TILE - GROUP
+    assert plan(project) == EVERYTHING - TILE - CONTACTS - GROUP
 
 
 def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
@@ -219,7 +235,7 @@ def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
     assert plan(project) == after_training("gmmamba2")
     edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
     assert plan(project) == (
-        EVERYTHING - TILE - GROUP | {"group_cohort_by_features cohort=a, encoder=tiny, groups=3",
+        EVERYTHING - TILE - CONTACTS - GROUP | {"group_cohort_by_features cohort=a, encoder=tiny, groups=3",
                                      "group_cohort_by_features cohort=b, encoder=tiny, groups=3"}
     )  # fmt: skip
 
@@ -236,8 +252,8 @@ def test_one_more_slide(project: Path) -> None:
     with (project / "a/slides.csv").open("a") as sheet:
         sheet.write("spare,a-spare,normal,spare.tif\n")
     assert plan(project) == (
-        slides("tile_slide", "spare") | slides("encode_slide", "spare") | account("a") | group("a") | SPLIT
-        | after_training(*EXPERIMENTS)
+        slides("tile_slide", "spare") | slides("encode_slide", "spare") | contacts("a") | account("a")
+        | group("a") | SPLIT | after_training(*EXPERIMENTS)
     )  # fmt: skip
 
 
@@ -245,9 +261,51 @@ def test_another_file_in_a_slide_s_place(project: Path) -> None:
     """Its date alone tells, even when it is older than the old one."""
     write_aperio(project / "a" / FILES["s2"], tissue(512, 448, seed=77))
     assert plan(project) == (
-        slides("tile_slide", "s2") | slides("encode_slide", "s2") | account("a") | group("a") | SPLIT
+        slides("tile_slide", "s2") | slides("encode_slide", "s2") | contacts("a") | account("a") | group("a") | SPLIT
         | after_training(*EXPERIMENTS)
     )  # fmt: skip
+
+
+def add_columns(sheet: Path, slide: str, **cells: str) -> None:
+    """Further columns, filled for one slide."""
+    table = pd.read_csv(sheet, dtype=str)
+    for column, cell in cells.items():
+        table[column] = [cell if name == slide else "" for name in table.slide_id]
+    table.to_csv(sheet, index=False)
+
+
+ONE_SLIDE = (
+    slides("tile_slide", "s3") | slides("encode_slide", "s3") | contacts("a") | account("a") | group("a") | SPLIT
+    | after_training(*EXPERIMENTS)
+)  # fmt: skip
+
+
+def test_a_setting_of_one_slide(project: Path) -> None:
+    add_columns(project / "a/slides.csv", "s3", **{"tiling.saturation_threshold": "25", "tiling.overlap_px": "8"})
+    assert plan(project) == ONE_SLIDE
+    add_columns(project / "a/slides.csv", "s3", **{"tiling.overlap_px": "all"})
+    run = snakemake(project, "-n")
+    assert run.returncode != 0
+    assert "slides.csv, line 5: tiling.overlap_px: 'all' is not of type 'integer'" in run.stdout + run.stderr
+
+
+def test_a_mask_of_one_slide_and_another_in_its_place(project: Path) -> None:
+    """From the sheet to the patches; the file is named as a shell would not have it."""
+    mask = project / "a" / "$(touch stolen) 'mask.png"
+    cv2.imwrite(str(mask), np.pad(np.ones((56, 32), np.uint8), ((0, 0), (0, 32))))
+    add_columns(project / "a/slides.csv", "s3", mask=mask.name)
+    assert plan(project) == ONE_SLIDE
+    targets = ["results/a/contact_sheet.html", "results/a/features/tiny.csv"]
+    run = snakemake(project, "--show-failed-logs", *targets)
+    assert run.returncode == 0, run.stdout + run.stderr
+    record = json.loads((project / "results/a/tiles/s3.json").read_text())
+    assert (record["tissue_mask"], record["counts"]["kept"]) == (mask.name, 4 * 7)
+    assert not list(project.rglob("stolen"))
+
+    rest = group("a") | SPLIT | after_training(*EXPERIMENTS)
+    assert plan(project) == rest
+    cv2.imwrite(str(mask), np.ones((112, 128), np.uint8))
+    assert plan(project) == ONE_SLIDE
 
 
 def test_new_cohort_outside_the_dataset(project: Path) -> None:
@@ -255,7 +313,7 @@ def test_new_cohort_outside_the_dataset(project: Path) -> None:
     edit(project, lambda c: c["cohorts"].update(c={"sheet": "c/slides.csv"}))
     assert plan(project) == (
         slides("tile_slide", "y", "z", cohort="c") | slides("encode_slide", "y", "z", cohort="c")
-        | account("c") | group("c")
+        | contacts("c") | account("c") | group("c")
     )  # fmt: skip
 
 
@@ -304,10 +362,12 @@ def test_a_comment_runs_nothing(project: Path, code: Path) -> None:
 
 STAGES = {  # module -> what its change makes run
     "preprocessing/tile.py": EVERYTHING,
-    "preprocessing/encode.py": EVERYTHING - TILE - GROUP,
+    "preprocessing/contours.py": EVERYTHING,
+    "gmmamba/contact_sheet.py": CONTACTS,
+    "preprocessing/encode.py": EVERYTHING - TILE - CONTACTS - GROUP,
     "gmmamba/accounting.py": ACCOUNT | SPLIT | after_training(*EXPERIMENTS),
     "gmmamba/grouping.py": GROUP | after_training("gmmamba", "gmmamba2"),
-    "gmmamba/splits.py": ACCOUNT | SPLIT | after_training(*EXPERIMENTS),
+    "gmmamba/splits.py": ACCOUNT | CONTACTS | SPLIT | after_training(*EXPERIMENTS),
     "gmmamba/training.py": after_training(*EXPERIMENTS),
     "gmmamba/models/css.py": after_training("gmmamba", "gmmamba2"),
     "gmmamba/evaluation.py": {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"report dataset=d"},

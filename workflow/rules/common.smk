@@ -84,6 +84,10 @@ def slide_tables():
     ]
 
 
+def contact_sheets():
+    return [f"results/{cohort}/contact_sheet.html" for cohort in CONFIG.cohorts]
+
+
 def group_files():
     """The groups of every cohort that has the encoder of some experiment with groups."""
     return sorted(

@@ -30,8 +30,18 @@ def mpp_option(wildcards):
     return "" if row.mpp is None else f"--mpp {row.mpp!r} --mpp-source {row.mpp_source}"
 
 
+def mask_option(wildcards):
+    mask = slide_row(wildcards).mask
+    return [] if mask is None else [f"--tissue-mask={mask}"]
+
+
+def mask_version(wildcards):
+    mask = slide_row(wildcards).mask
+    return "" if mask is None else version(mask)
+
+
 def tiling_settings(wildcards):
-    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling, sort_keys=True)
+    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling_of(slide_row(wildcards)), sort_keys=True)
 
 
 def encoder_settings(wildcards):
@@ -68,6 +78,15 @@ def cohort_tiles(wildcards):
         "results/{cohort}/tiles/{slide}.npy",
         cohort=wildcards.cohort,
         slide=kept_slides(wildcards),
+    )
+
+
+def cohort_pictures(wildcards):
+    return expand(
+        "results/{cohort}/tiles/{slide}.{file}",
+        cohort=wildcards.cohort,
+        slide=kept_slides(wildcards),
+        file=("json", "thumbnail.jpg", "geojson"),
     )
 
 
