@@ -7,6 +7,7 @@ it, so that one more seed trains only that seed.
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,7 @@ import yaml
 
 from gmmamba.cohort import Slide, check_dataset, read_sheet
 from gmmamba.splits import SplitSettings
+from slidestore.settings import own_function
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
@@ -213,6 +215,7 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
     for name, encoder in settings["encoders"].items():
         if encoder["weights"] not in ("pretrained", "random") and not Path(encoder["weights"]).is_file():
             yield f"encoders.{name}.weights: {encoder['weights']!r} is neither pretrained nor random nor a file"
+        yield from model_file_problems(f"encoders.{name}.model", encoder["model"])
     for name, dataset in settings["datasets"].items():
         yield from unknown(f"datasets.{name}.encoder", dataset["encoder"], "encoders")
         for cohort in dataset["cohorts"]:
@@ -227,6 +230,26 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
+
+
+def model_file_problems(where: str, model: str) -> Iterator[str]:
+    """An encoder from a file: that there is such a Python file, and that it defines that function."""
+    if model.startswith("local-dir:"):
+        yield f"{where}: {model!r}: name the architecture, and give the weights' file of that folder as `weights`"
+    if (own := own_function(model)) is None:
+        return
+    path, function = own
+    if not path.is_file():
+        yield f"{where}: {path} does not exist (a path relative to the working directory)"
+        return
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        yield f"{where}: {path}, line {error.lineno}: {error.msg}"
+        return
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in functions:
+        yield f"{where}: {path} has no function {function!r}, {nearest(function, functions)}"
 
 
 def split_problems(where: str, cohorts: list[str], split: dict[str, Any]) -> Iterator[str]:

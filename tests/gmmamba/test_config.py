@@ -99,6 +99,13 @@ def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
         (("experiments", "tiles"), {"model": "abmil", "dataset": "demo"}, "folder of the pipeline's own"),
         (("experiments", "a/b"), {"model": "abmil", "dataset": "demo"}, "'a/b'"),
         (("encoders", "resnet18-random", "weights"), "w.pt", "'w.pt' is neither pretrained nor random nor a file"),
+        (
+            ("encoders", "resnet18-random", "model"),
+            "mine.py:uni",
+            "encoders.resnet18-random.model: mine.py does not exist",
+        ),
+        (("encoders", "resnet18-random", "model"), "local-dir:vit", "name the architecture"),
+        (("encoders", "resnet18-random", "mean"), [0.5], "encoders.resnet18-random.mean"),
         (("datasets", "demo", "encoder"), "resnet", "datasets.demo.encoder: 'resnet' is not in `encoders`"),
         (("datasets", "demo", "split", "folds"), 11, "11 folds"),
         (
@@ -118,6 +125,17 @@ def test_each_mistake_is_named(config: dict[str, Any], path: tuple[str, ...], va
         place = place.setdefault(key, {})
     place[path[-1]] = value
     assert message in problems(config)
+
+
+def test_an_encoder_s_file_is_read_before_any_job(config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    config["encoders"]["resnet18-random"]["model"] = f"{file}:uni"
+    file.write_text("def uni2(pretrained):\n    raise RuntimeError('never run here')\n")
+    assert "mine.py has no function 'uni', did you mean 'uni2'?" in problems(config)
+    file.write_text("def uni(pretrained:\n")
+    assert "mine.py, line 1: " in problems(config)
+    file.write_text("def uni(pretrained): ...\n")
+    load_config(config)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +207,11 @@ SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text
 )
 def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
     """The same keys and the same defaults for those who use config.yaml and those who use Python."""
-    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(settings)
+        if field.name != "name"
+    }
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
     }  # as in YAML

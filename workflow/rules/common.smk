@@ -14,8 +14,9 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, workflow.basedir)
 
 from gmmamba.config import ConfigError, load_config
-from gmmamba.fingerprint import code_digest
+from gmmamba.fingerprint import code_digest, file_digest
 from gmmamba.models import MODELS
+from slidestore.settings import own_function
 from slidestore.warm_start import OWNER
 
 try:
@@ -58,7 +59,7 @@ def growing(amount):
 
 
 def one_of(names):
-    return "|".join(sorted(map(re.escape, names))) or "none"
+    return "|".join(sorted(map(re.escape, names))) or "(?!)"
 
 
 wildcard_constraints:

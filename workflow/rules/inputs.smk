@@ -42,9 +42,12 @@ def encoder_settings(wildcards):
 
 
 def weights_version(wildcards):
-    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
-    weights = CONFIG.encoders[wildcards.encoder]["weights"]
-    return weights if weights in ("pretrained", "random") else version(weights)
+    """Of the files that an encoder is made of, where it is of any: another file of that name is another encoder."""
+    encoder = CONFIG.encoders[wildcards.encoder]
+    weights = encoder["weights"]
+    found = weights if weights in ("pretrained", "random") else version(weights)
+    own = own_function(encoder["model"])
+    return f"{found} {file_digest(own[0])}" if own else found
 
 
 def sheet_file(wildcards):
