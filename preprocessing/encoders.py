@@ -91,7 +91,9 @@ class Encoder(nn.Module):
             if len(values) != 3:
                 raise ValueError(f"{where}: {name} is {list(values)}, expected three numbers, of R, G and B in 0-1")
             # patches are 0-255
-            self.register_buffer(name, 255 * torch.tensor(values).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(
+                name, 255 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
+            )
         self.settings, self.model = settings, model
         self.eval().requires_grad_(False)
         with torch.inference_mode():

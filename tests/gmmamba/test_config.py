@@ -127,6 +127,53 @@ def test_each_mistake_is_named(config: dict[str, Any], path: tuple[str, ...], va
     assert message in problems(config)
 
 
+IMPORTED = {"format": "trident-h5", "path": "features/{slide_id}.h5"}
+
+
+@pytest.mark.parametrize(
+    ("cohort", "message"),
+    [
+        ({}, "line 2: slide S0: no such file: features/S0.h5 (cohorts.demo.features.uni; mend that path"),
+        ({"path": "uni.h5"}, "cohorts.demo.features.uni.path: 'uni.h5' is one file for all slides"),
+        (
+            {"format": "clam-h5"},
+            "cohorts.demo.features.uni: features/S0.h5: clam-h5 keeps no scale: give the tool's h5",
+        ),
+        ({"format": "clam-h5", "patches": "{stem}.svs"}, "slide S0 has no mpp, which CLAM does not record"),
+        ({"format": "h5"}, "cohorts.demo.features.uni.format: 'h5' is not one of"),
+        ({"weights_sha256": "ab"}, "cohorts.demo.features.uni.weights_sha256"),
+    ],
+)
+def test_imported_features_are_checked_before_any_job(
+    config: dict[str, Any], cohort: dict[str, Any], message: str
+) -> None:
+    config["cohorts"]["demo"]["features"] = {"uni": IMPORTED | cohort}
+    config["datasets"]["demo"]["encoder"] = "uni"
+    assert message in problems(config)
+
+
+def test_imported_features_need_no_slides_and_no_encoder(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "features").mkdir()
+    for i in range(20):
+        (tmp_path / f"features/S{i}.h5").touch()
+        (tmp_path / f"s{i}.svs").unlink()
+    config["cohorts"]["demo"]["features"] = {"uni": IMPORTED}
+    config["datasets"]["demo"]["encoder"] = "uni"
+    assert load_config(config).cohorts["demo"].encoders == ["uni"]
+    del config["encoders"]
+    assert load_config(config).encoder_names() == {"uni"}
+    config["cohorts"]["demo"]["tiling"] = {"mpp": 1.0}
+    assert "cohorts.demo.tiling: its features are imported, so this does nothing" in problems(config)
+    config["cohorts"]["demo"]["tiling"] = {}
+    config["datasets"]["demo"]["encoder"] = "resnet18"
+    assert "datasets.demo.encoder: 'resnet18' is not in `encoders`" in problems(config)
+    config["encoders"] = {"resnet18": {"model": "resnet18", "weights": "random"}}
+    assert "datasets.demo.encoder: 'resnet18' is not in cohorts.demo.features" in problems(config)
+
+
 def test_an_encoder_s_file_is_read_before_any_job(config: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     config["encoders"]["resnet18-random"]["model"] = f"{file}:uni"

@@ -62,9 +62,13 @@ def one_of(names):
     return "|".join(sorted(map(re.escape, names))) or "(?!)"
 
 
+IMPORTED = [cohort.name for cohort in CONFIG.cohorts.values() if cohort.features]
+TILED = [cohort for cohort in CONFIG.cohorts if cohort not in IMPORTED]
+
+
 wildcard_constraints:
     cohort=one_of(CONFIG.cohorts),
-    encoder=one_of(CONFIG.encoders),
+    encoder=one_of(CONFIG.encoder_names()),
     grouping=one_of(CONFIG.groupings()),
     groups=r"\d+",
     dataset=one_of(CONFIG.datasets),

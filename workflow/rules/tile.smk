@@ -6,6 +6,8 @@ rule tile_slide:
         mask="results/{cohort}/tiles/{slide}.mask.png",
     log:
         "results/{cohort}/logs/tile/{slide}.log",
+    wildcard_constraints:
+        cohort=one_of(TILED),
     conda:
         "../../envs/preprocessing.yaml"
     resources:
