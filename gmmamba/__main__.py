@@ -226,7 +226,7 @@ def sheet_slides(options: argparse.Namespace) -> list[Any]:
     from gmmamba.cohort import read_sheet
     from gmmamba.config import raise_if
 
-    slides, problems = read_sheet(options.sheet, options.cohort)
+    slides, problems = read_sheet(options.sheet, options.cohort, need_files=False)
     raise_if(problems)
     return list(slides.values())
 

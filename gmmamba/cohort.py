@@ -72,11 +72,13 @@ def read_sheet(
     mpp: float | None = None,
     magnification: float | None = None,
     tiling_keys: Collection[str] = (),
+    need_files: bool = True,
 ) -> tuple[dict[str, Slide], list[str]]:
     """The slides of a sheet by id, and the problems found (all of them, each naming the line and the remedy).
 
     `mpp` and `magnification` are the cohort's own, used for slides whose row gives neither. `tiling_keys` are the keys
-    that columns ``tiling.<key>`` may have; where there are none, these columns are not looked at.
+    that columns ``tiling.<key>`` may have; where there are none, these columns are not looked at. `need_files`: whether
+    the slides that take part must be there.
     """
     if not sheet.is_file():
         return {}, [f"cohorts.{cohort}.sheet: {sheet} does not exist"]
@@ -109,6 +111,8 @@ def read_sheet(
             wrong = cells.get("mpp") or cells.get("magnification")
             problems.append(f"{place}: {wrong!r} is not a number (mpp in µm per pixel, or magnification such as 20)")
         path = sheet.parent / cells["path"]
+        if not cells["path"] and not need_files:
+            path = sheet.parent / slide_id / "no path in the sheet"  # and not the sheet's folder, which exists
         exclude = cells.get("exclude", "")
         if exclude.lower() in ("", "0", "no", "false"):
             exclude = ""
@@ -121,7 +125,7 @@ def read_sheet(
             continue
         if not cells["patient_id"]:
             problems.append(f"{place}: slide {slide_id} has no patient_id (repeat the slide_id if there is none)")
-        if not cells["path"] or (not exclude and not path.exists()):
+        if need_files and (not cells["path"] or (not exclude and not path.exists())):
             problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
         mask = sheet.parent / cells["mask"] if cells.get("mask") else None
         if mask and mask.suffix.lower() not in MASK_SUFFIXES:

@@ -7,8 +7,10 @@ it, so that one more seed trains only that seed.
 
 from __future__ import annotations
 
+import ast
 import copy
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ import yaml
 
 from gmmamba.cohort import Slide, check_dataset, read_sheet
 from gmmamba.splits import SplitSettings
+from slidestore.foreign import ForeignFiles
+from slidestore.settings import own_function
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
@@ -32,13 +36,24 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Cohort:
-    """Slides of one sheet and how they are tiled. `slides` includes the excluded ones."""
+    """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
+    come from another tool: then by encoder, as in the config."""
 
     name: str
     sheet: Path
     slides: dict[str, Slide]
     tiling: dict[str, Any]
     encoders: list[str]
+    features: dict[str, dict[str, Any]]
+
+    def foreign_files(self, encoder: str, slide_id: str) -> ForeignFiles:
+        """The files of another tool with the features of one slide. ValueError where its format needs `patches`."""
+        source, stem = self.features[encoder], self.slides[slide_id].path.stem
+        paths = {
+            key: source[key] and Path(source[key].replace("{slide_id}", slide_id).replace("{stem}", stem))
+            for key in ("path", "patches")
+        }
+        return ForeignFiles(source["format"], **paths)
 
     def tiling_of(self, slide: Slide) -> dict[str, Any]:
         """The tiling settings of one slide: the cohort's, and what the slide's row says otherwise."""
@@ -87,6 +102,10 @@ class Config:
     reading: dict[str, Any]
     report: dict[str, Any]
 
+    def encoder_names(self) -> set[str]:
+        """Every encoder whose features there are: those that run here, and those of imported features."""
+        return {*self.encoders, *(name for cohort in self.cohorts.values() for name in cohort.features)}
+
     def groupings(self) -> list[str]:
         """Every grouping that some experiment uses."""
         return sorted({e.grouping for e in self.experiments.values() if e.grouping})
@@ -108,16 +127,20 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     problems: list[str] = []
     cohorts = {}
     for name, cohort in settings["cohorts"].items():
-        sheet, tiling = Path(cohort["sheet"]), {**settings["tiling"], **cohort["tiling"]}
-        slides, found = read_sheet(sheet, name, cohort.get("mpp"), cohort.get("magnification"), list(tiling))
+        sheet, features = Path(cohort["sheet"]), cohort.get("features", {})
+        tiling = {**settings["tiling"], **cohort["tiling"]}
+        slides, found = read_sheet(
+            sheet, name, cohort.get("mpp"), cohort.get("magnification"), list(tiling), need_files=not features
+        )
         problems += found
         problems += overlap_problems(f"cohorts.{name}.tiling", tiling) or [
             problem
             for slide in slides.values()
             for problem in slide_tiling_problems(f"{sheet}, line {slide.line}: tiling", slide.tiling, tiling, schema)
         ]
-        encoders = cohort.get("encoders", list(settings["encoders"]))
-        cohorts[name] = Cohort(name, sheet, slides, tiling, encoders)
+        encoders = cohort.get("encoders", list(features or settings["encoders"]))
+        cohorts[name] = Cohort(name, sheet, slides, tiling, encoders, features)
+        problems += feature_problems(cohorts[name])
     raise_if(problems)
 
     datasets = {}
@@ -234,16 +257,19 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
     for name, cohort in settings["cohorts"].items():
         for encoder in cohort.get("encoders", []):
             yield from unknown(f"cohorts.{name}.encoders", encoder, "encoders")
+        if "features" not in cohort and not settings["encoders"]:
+            yield f"cohorts.{name}: its slides have no encoder: name one in `encoders`, or import `features`"
+        for key in ("tiling", "encoders"):
+            if "features" in cohort and cohort.get(key):
+                yield f"cohorts.{name}.{key}: its features are imported, so this does nothing: take it out"
     for name, encoder in settings["encoders"].items():
         if encoder["weights"] not in ("pretrained", "random") and not Path(encoder["weights"]).is_file():
             yield f"encoders.{name}.weights: {encoder['weights']!r} is neither pretrained nor random nor a file"
+        yield from model_file_problems(f"encoders.{name}.model", encoder["model"])
     for name, dataset in settings["datasets"].items():
-        yield from unknown(f"datasets.{name}.encoder", dataset["encoder"], "encoders")
         for cohort in dataset["cohorts"]:
             yield from unknown(f"datasets.{name}.cohorts", cohort, "cohorts")
-            wanted = settings["cohorts"].get(cohort, {}).get("encoders")
-            if wanted is not None and dataset["encoder"] not in wanted:
-                yield f"datasets.{name}.encoder: {dataset['encoder']!r} is not in cohorts.{cohort}.encoders"
+        yield from encoder_problems(f"datasets.{name}.encoder", dataset["encoder"], dataset["cohorts"], settings)
         yield from split_problems(f"datasets.{name}", dataset["cohorts"], dataset["split"])
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
@@ -251,6 +277,66 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
+
+
+def encoder_problems(where: str, encoder: str, cohorts: list[str], settings: dict[str, Any]) -> Iterator[str]:
+    """Cohorts of a dataset that have no features of its encoder."""
+    imported = {name: cohort["features"] for name, cohort in settings["cohorts"].items() if "features" in cohort}
+    everywhere = {*settings["encoders"], *(name for features in imported.values() for name in features)}
+    if encoder not in everywhere:
+        yield f"{where}: {encoder!r} is not in `encoders`, {nearest(encoder, sorted(everywhere))}"
+        return
+    for cohort in cohorts:
+        wanted = settings["cohorts"].get(cohort, {}).get("encoders")
+        if cohort in imported:
+            if encoder not in imported[cohort]:
+                yield f"{where}: {encoder!r} is not in cohorts.{cohort}.features"
+        elif encoder not in settings["encoders"]:
+            yield f"{where}: {encoder!r} is not in `encoders`, and cohorts.{cohort} has no `features` of it"
+        elif wanted is not None and encoder not in wanted:
+            yield f"{where}: {encoder!r} is not in cohorts.{cohort}.encoders"
+
+
+def feature_problems(cohort: Cohort) -> Iterator[str]:
+    """Imported features: slides without a file, or without the scale that the files do not have."""
+    for encoder, source in cohort.features.items():
+        where = f"cohorts.{cohort.name}.features.{encoder}"
+        if not re.search(r"\{(slide_id|stem)\}", source["path"]):
+            yield f"{where}.path: {source['path']!r} is one file for all slides: write {{slide_id}} for what differs"
+            continue
+        for slide in (slide for slide in cohort.slides.values() if not slide.exclude):
+            place = f"{cohort.sheet}, line {slide.line}: slide {slide.slide_id}"
+            try:
+                files = cohort.foreign_files(encoder, slide.slide_id)
+            except ValueError as error:
+                yield f"{where}: {error}"
+                break
+            for path in filter(None, (files.path, files.patches)):
+                if not path.is_file():
+                    yield f"{place}: no such file: {path} ({where}; mend that path, or fill 'exclude')"
+            if files.format == "clam-h5" and slide.mpp is None:
+                remedy = f"add an 'mpp' column, or set cohorts.{cohort.name}.mpp"
+                yield f"{place} has no mpp, which CLAM does not record: {remedy}"
+
+
+def model_file_problems(where: str, model: str) -> Iterator[str]:
+    """An encoder from a file: that there is such a Python file, and that it defines that function."""
+    if model.startswith("local-dir:"):
+        yield f"{where}: {model!r}: name the architecture, and give the weights' file of that folder as `weights`"
+    if (own := own_function(model)) is None:
+        return
+    path, function = own
+    if not path.is_file():
+        yield f"{where}: {path} does not exist (a path relative to the working directory)"
+        return
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except SyntaxError as error:
+        yield f"{where}: {path}, line {error.lineno}: {error.msg}"
+        return
+    functions = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    if function not in functions:
+        yield f"{where}: {path} has no function {function!r}, {nearest(function, functions)}"
 
 
 def split_problems(where: str, cohorts: list[str], split: dict[str, Any]) -> Iterator[str]:

@@ -36,6 +36,11 @@ def code_digest(*modules: str, files: tuple[Path, ...] = (), root: Path = ROOT) 
     return sha.hexdigest()[:12]
 
 
+def file_digest(path: Path) -> str:
+    """Twelve hex digits for the code of one Python file, which need not be of this project."""
+    return hashlib.sha256(_code(path).encode()).hexdigest()[:12]
+
+
 def _source(root: Path, name: str) -> Path:
     base = root.joinpath(*name.split("."))
     return base / "__init__.py" if base.is_dir() else base.with_suffix(".py")

@@ -1,4 +1,5 @@
-"""Command line of the slide stages: `python -m preprocessing tile | encode | demo-cohort`."""
+"""Command line of the slide stages: `python -m preprocessing tile | encode | import-tiles | import-features |
+demo-cohort`."""
 
 import argparse
 import json
@@ -6,9 +7,13 @@ import logging
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from slidestore.settings import from_dict
 from slidestore.warm_start import run_warm, usage
+
+if TYPE_CHECKING:
+    from slidestore.foreign import ForeignFiles
 
 # Each command imports its own stage: torch, which `encode` needs, costs the others seconds.
 
@@ -33,6 +38,27 @@ def encode(args: argparse.Namespace) -> None:
     encode_slide(args.slide, args.coords, args.record, settings, reading, args.output, args.threads)
 
 
+def import_tiles(args: argparse.Namespace) -> None:
+    from preprocessing.imported import import_tiles as run
+    from preprocessing.tile import Outputs
+
+    outputs = Outputs(args.coords, args.record, args.thumbnail, args.mask)
+    record = run(args.slide, args.slide_id, args.cohort, foreign_files(args), outputs, args.mpp, args.mpp_source)
+    print(f"{args.slide_id}: {record['status']}, {record['counts']['kept']} patches")
+
+
+def import_features(args: argparse.Namespace) -> None:
+    from preprocessing.imported import import_features as run
+
+    run(args.coords, args.record, foreign_files(args), args.encoder, args.weights_sha256, args.output)
+
+
+def foreign_files(args: argparse.Namespace) -> "ForeignFiles":
+    from slidestore.foreign import ForeignFiles
+
+    return ForeignFiles(args.format, args.features, args.patches)
+
+
 def demo_cohort(args: argparse.Namespace) -> None:
     from preprocessing.demo_cohort import make_demo_cohort
 
@@ -45,19 +71,11 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("tile", help="find tissue and lay a grid of patches over it")
     command.set_defaults(run=tile, preload=["preprocessing.tile"])
-    command.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM slide")
-    command.add_argument("--slide-id", required=True)
-    command.add_argument("--cohort", required=True)
+    add_tiled(command)
     command.add_argument("--settings", type=json.loads, default={}, help="tiling settings as JSON")
-    command.add_argument("--mpp", type=float, help="the slide's level-0 µm per pixel, instead of the file's own")
-    command.add_argument("--mpp-source", choices=["sheet", "config"], default="sheet", help="who says so")
     command.add_argument(
         "--tissue-mask", type=Path, help="where tissue is, instead of finding it: .geojson, .png, .tif"
     )
-    command.add_argument("--coords", type=Path, required=True, help="to write, .npy")
-    command.add_argument("--record", type=Path, required=True, help="to write, .json")
-    command.add_argument("--thumbnail", type=Path, required=True, help="to write, .jpg")
-    command.add_argument("--mask", type=Path, required=True, help="to write, .png")
     command.add_argument("--contours", type=Path, required=True, help="to write, .geojson")
 
     command = commands.add_parser("encode", help="turn the patches of a tiled slide into features")
@@ -70,12 +88,44 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--output", type=Path, required=True, help="the store to write, .zarr.zip")
     command.add_argument("--threads", type=int, default=1, help="of the network and of the readers, each")
 
+    command = commands.add_parser("import-tiles", help="take over the patches that another tool laid over a slide")
+    command.set_defaults(run=import_tiles, preload=["preprocessing.imported", "h5py"])
+    add_tiled(command)
+    add_foreign(command)
+
+    command = commands.add_parser("import-features", help="take over the features of these patches")
+    command.set_defaults(run=import_features, preload=["preprocessing.imported", "h5py", "zarr"])
+    add_foreign(command)
+    command.add_argument("--coords", type=Path, required=True, help="from import-tiles")
+    command.add_argument("--record", type=Path, required=True, help="from import-tiles")
+    command.add_argument("--encoder", required=True, help="what the stores call it")
+    command.add_argument("--weights-sha256", help="of the encoder's weights, if it is known")
+    command.add_argument("--output", type=Path, required=True, help="the store to write, .zarr.zip")
+
     command = commands.add_parser("demo-cohort", help="generate the slides of the demo")
     command.set_defaults(run=demo_cohort, preload=[])
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--slides", type=int, default=30)
     command.add_argument("--seed", type=int, default=0)
     return main
+
+
+def add_tiled(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM slide")
+    command.add_argument("--slide-id", required=True)
+    command.add_argument("--cohort", required=True)
+    command.add_argument("--mpp", type=float, help="the slide's level-0 µm per pixel, instead of the file's own")
+    command.add_argument("--mpp-source", choices=["sheet", "config"], default="sheet", help="who says so")
+    command.add_argument("--coords", type=Path, required=True, help="to write, .npy")
+    command.add_argument("--record", type=Path, required=True, help="to write, .json")
+    command.add_argument("--thumbnail", type=Path, required=True, help="to write, .jpg")
+    command.add_argument("--mask", type=Path, required=True, help="to write, .png")
+
+
+def add_foreign(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--format", required=True, help="see slidestore.foreign")
+    command.add_argument("--features", type=Path, required=True, help="the tool's file of features")
+    command.add_argument("--patches", type=Path, help="the tool's h5 of coordinates")
 
 
 def main() -> int:

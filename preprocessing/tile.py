@@ -70,13 +70,13 @@ class TilingSettings:
 
 @dataclass(frozen=True)
 class Outputs:
-    """Where the five results of the stage go."""
+    """Where the five results of the stage go; imported patches come without contours of tissue."""
 
     coords: Path
     record: Path
     thumbnail: Path
     mask: Path
-    contours: Path
+    contours: Path | None = None
 
 
 def tile_slide(
@@ -176,8 +176,9 @@ def tile_slide(
         part.write_bytes(encode_picture(".jpg", thumbnail))
     with replace_when_whole(outputs.mask) as part:
         part.write_bytes(encode_picture(".png", picture))
-    with replace_when_whole(outputs.contours) as part:
-        part.write_text(json.dumps(contours) + "\n", encoding="utf-8")
+    if outputs.contours is not None:
+        with replace_when_whole(outputs.contours) as part:
+            part.write_text(json.dumps(contours) + "\n", encoding="utf-8")
     with replace_when_whole(outputs.coords) as part, part.open("wb") as file:
         np.save(file, coords)
     with replace_when_whole(outputs.record) as part:

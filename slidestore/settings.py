@@ -1,8 +1,10 @@
 """Frozen settings from JSON or YAML mappings; a mistyped key fails by name."""
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
@@ -25,3 +27,9 @@ def from_dict(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Se
     if missing:
         raise ValueError(f"{where}: missing {', '.join(map(repr, missing))}")
     return cls(**mapping)
+
+
+def own_function(text: str) -> tuple[Path, str] | None:
+    """File and name of a function of the user's own, "my_encoders.py:uni"; None for what is no such setting."""
+    match = re.fullmatch(r"(.+\.py):(\w+)", text)
+    return (Path(match[1]), match[2]) if match else None

@@ -40,7 +40,10 @@ def test_data_flows_one_way(package: str) -> None:
         "gmmamba.accounting",
         "gmmamba.contact_sheet",
         "gmmamba.sheets",
+        "preprocessing.imported",
         "preprocessing.tile",
+        "slidestore.export",
+        "slidestore.foreign",
     ],
 )
 def test_what_needs_no_torch_does_not_import_it(module: str) -> None:

@@ -99,6 +99,13 @@ def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
         (("experiments", "tiles"), {"model": "abmil", "dataset": "demo"}, "folder of the pipeline's own"),
         (("experiments", "a/b"), {"model": "abmil", "dataset": "demo"}, "'a/b'"),
         (("encoders", "resnet18-random", "weights"), "w.pt", "'w.pt' is neither pretrained nor random nor a file"),
+        (
+            ("encoders", "resnet18-random", "model"),
+            "mine.py:uni",
+            "encoders.resnet18-random.model: mine.py does not exist",
+        ),
+        (("encoders", "resnet18-random", "model"), "local-dir:vit", "name the architecture"),
+        (("encoders", "resnet18-random", "mean"), [0.5], "encoders.resnet18-random.mean"),
         (("datasets", "demo", "encoder"), "resnet", "datasets.demo.encoder: 'resnet' is not in `encoders`"),
         (("datasets", "demo", "split", "folds"), 11, "11 folds"),
         (
@@ -118,6 +125,64 @@ def test_each_mistake_is_named(config: dict[str, Any], path: tuple[str, ...], va
         place = place.setdefault(key, {})
     place[path[-1]] = value
     assert message in problems(config)
+
+
+IMPORTED = {"format": "trident-h5", "path": "features/{slide_id}.h5"}
+
+
+@pytest.mark.parametrize(
+    ("cohort", "message"),
+    [
+        ({}, "line 2: slide S0: no such file: features/S0.h5 (cohorts.demo.features.uni; mend that path"),
+        ({"path": "uni.h5"}, "cohorts.demo.features.uni.path: 'uni.h5' is one file for all slides"),
+        (
+            {"format": "clam-h5"},
+            "cohorts.demo.features.uni: features/S0.h5: clam-h5 keeps no scale: give the tool's h5",
+        ),
+        ({"format": "clam-h5", "patches": "{stem}.svs"}, "slide S0 has no mpp, which CLAM does not record"),
+        ({"format": "h5"}, "cohorts.demo.features.uni.format: 'h5' is not one of"),
+        ({"weights_sha256": "ab"}, "cohorts.demo.features.uni.weights_sha256"),
+    ],
+)
+def test_imported_features_are_checked_before_any_job(
+    config: dict[str, Any], cohort: dict[str, Any], message: str
+) -> None:
+    config["cohorts"]["demo"]["features"] = {"uni": IMPORTED | cohort}
+    config["datasets"]["demo"]["encoder"] = "uni"
+    assert message in problems(config)
+
+
+def test_imported_features_need_no_slides_and_no_encoder(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "features").mkdir()
+    for i in range(20):
+        (tmp_path / f"features/S{i}.h5").touch()
+        (tmp_path / f"s{i}.svs").unlink()
+    config["cohorts"]["demo"]["features"] = {"uni": IMPORTED}
+    config["datasets"]["demo"]["encoder"] = "uni"
+    assert load_config(config).cohorts["demo"].encoders == ["uni"]
+    del config["encoders"]
+    assert load_config(config).encoder_names() == {"uni"}
+    config["cohorts"]["demo"]["tiling"] = {"mpp": 1.0}
+    assert "cohorts.demo.tiling: its features are imported, so this does nothing" in problems(config)
+    config["cohorts"]["demo"]["tiling"] = {}
+    config["datasets"]["demo"]["encoder"] = "resnet18"
+    assert "datasets.demo.encoder: 'resnet18' is not in `encoders`" in problems(config)
+    config["encoders"] = {"resnet18": {"model": "resnet18", "weights": "random"}}
+    assert "datasets.demo.encoder: 'resnet18' is not in cohorts.demo.features" in problems(config)
+
+
+def test_an_encoder_s_file_is_read_before_any_job(config: dict[str, Any], tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    config["encoders"]["resnet18-random"]["model"] = f"{file}:uni"
+    file.write_text("def uni2(pretrained):\n    raise RuntimeError('never run here')\n")
+    assert "mine.py has no function 'uni', did you mean 'uni2'?" in problems(config)
+    file.write_text("def uni(pretrained:\n")
+    assert "mine.py, line 1: " in problems(config)
+    file.write_text("def uni(pretrained): ...\n")
+    load_config(config)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +298,11 @@ SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text
 )
 def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
     """The same keys and the same defaults for those who use config.yaml and those who use Python."""
-    defaults = {field.name: field.default for field in dataclasses.fields(settings) if field.name != "name"}
+    defaults = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(settings)
+        if field.name != "name"
+    }
     fields = {
         name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
     }  # as in YAML

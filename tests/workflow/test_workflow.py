@@ -227,6 +227,21 @@ def test_encoder(project: Path) -> None:
     assert plan(project) == EVERYTHING - TILE - CONTACTS - GROUP
 
 
+def test_an_encoder_s_own_file_counts_by_its_code(project: Path) -> None:
+    file, store = project / "mine.py", "results/b/features/tiny/x0.zarr.zip"
+    model = "timm.create_model('test_resnet', num_classes=0)"
+    file.write_text(f"import timm\n\ndef net(pretrained):\n    return {model}, [0] * 3, [1] * 3\n")
+    edit(project, lambda c: c["encoders"]["tiny"].update(model="mine.py:net"))
+    run = snakemake(project, "--show-failed-logs", store)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert open_store(project / store).shape[1] == 96
+    encode = slides("encode_slide", "x0", cohort="b")
+    file.write_text(file.read_text() + "# a remark\n")
+    assert not encode & plan(project)
+    file.write_text(file.read_text().replace("[1] * 3", "[2] * 3"))
+    assert encode <= plan(project)
+
+
 def test_grouping_by_features_follows_the_encoder(project: Path) -> None:
     edit(project, lambda c: c["experiments"]["gmmamba2"].update(overrides={"grouping": "features"}))
     groups = [f"results/{cohort}/groups/tiny/features-3.npz" for cohort in "ab"]

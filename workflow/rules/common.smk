@@ -14,8 +14,9 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, workflow.basedir)
 
 from gmmamba.config import ConfigError, load_config
-from gmmamba.fingerprint import code_digest
+from gmmamba.fingerprint import code_digest, file_digest
 from gmmamba.models import MODELS
+from slidestore.settings import own_function
 from slidestore.warm_start import OWNER
 
 try:
@@ -58,12 +59,16 @@ def growing(amount):
 
 
 def one_of(names):
-    return "|".join(sorted(map(re.escape, names))) or "none"
+    return "|".join(sorted(map(re.escape, names))) or "(?!)"
+
+
+IMPORTED = [cohort.name for cohort in CONFIG.cohorts.values() if cohort.features]
+TILED = [cohort for cohort in CONFIG.cohorts if cohort not in IMPORTED]
 
 
 wildcard_constraints:
     cohort=one_of(CONFIG.cohorts),
-    encoder=one_of(CONFIG.encoders),
+    encoder=one_of(CONFIG.encoder_names()),
     grouping=one_of(CONFIG.groupings()),
     groups=r"\d+",
     dataset=one_of(CONFIG.datasets),
@@ -85,7 +90,7 @@ def slide_tables():
 
 
 def contact_sheets():
-    return [f"results/{cohort}/contact_sheet.html" for cohort in CONFIG.cohorts]
+    return [f"results/{cohort}/contact_sheet.html" for cohort in TILED]
 
 
 def group_files():

@@ -6,6 +6,8 @@ rule encode_slide:
         "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
     log:
         "results/{cohort}/logs/encode/{encoder}/{slide}.log",
+    wildcard_constraints:
+        cohort=one_of(TILED),
     conda:
         "../../envs/preprocessing.yaml"
     threads: 1

@@ -56,9 +56,39 @@ def reading_settings(wildcards):
 
 
 def weights_version(wildcards):
-    """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
-    weights = CONFIG.encoders[wildcards.encoder]["weights"]
-    return weights if weights in ("pretrained", "random") else version(weights)
+    """Of the files that an encoder is made of, where it is of any: another file of that name is another encoder."""
+    encoder = CONFIG.encoders[wildcards.encoder]
+    weights = encoder["weights"]
+    found = weights if weights in ("pretrained", "random") else version(weights)
+    own = own_function(encoder["model"])
+    return f"{found} {file_digest(own[0])}" if own else found
+
+
+def foreign_files(wildcards):
+    """Of the encoder, or, for the patches, which all encoders share, of the cohort's first."""
+    cohort = CONFIG.cohorts[wildcards.cohort]
+    slide_row(wildcards)
+    return cohort.foreign_files(wildcards.get("encoder", next(iter(cohort.features))), wildcards.slide)
+
+
+def foreign_options(wildcards):
+    files = foreign_files(wildcards)
+    options = [f"--format={files.format}", f"--features={files.path}"]
+    return options + ([f"--patches={files.patches}"] if files.patches else [])
+
+
+def foreign_version(wildcards):
+    files = foreign_files(wildcards)
+    return [version(path) for path in (files.path, files.patches) if path]
+
+
+def foreign_weights(wildcards):
+    sha = CONFIG.cohorts[wildcards.cohort].features[wildcards.encoder]["weights_sha256"]
+    return f"--weights-sha256={sha}" if sha else ""
+
+
+def slide_version_if_there(wildcards):
+    return slide_version(wildcards) if Path(slide_file(wildcards)).exists() else "not there"
 
 
 def sheet_file(wildcards):
@@ -209,6 +239,14 @@ def report_group_options(wildcards):
     return [f"--groups={Path(file).parts[1]}/{Path(file).stem}={file}" for file in report_groups(wildcards)]
 
 
+def report_encoder(dataset):
+    """What the report says of a dataset's encoder, and which cohorts' features were imported."""
+    cohorts = [CONFIG.cohorts[cohort] for cohort in dataset.cohorts]
+    imported = {cohort.name: cohort.features[dataset.encoder] for cohort in cohorts if cohort.features}
+    described = {"name": dataset.encoder, **CONFIG.encoders.get(dataset.encoder, {})}
+    return described | ({"imported": imported} if imported else {})
+
+
 def report_settings(wildcards):
     dataset = CONFIG.datasets[wildcards.dataset]
     return json.dumps(
@@ -218,10 +256,10 @@ def report_settings(wildcards):
             "folds": dataset.folds,
             "seeds": CONFIG.seeds,
             "classes": dataset.classes,
-            "encoder": {"name": dataset.encoder, **CONFIG.encoders[dataset.encoder]},
+            "encoder": report_encoder(dataset),
             "settings": CONFIG.report,
             "config": {
-                "tiling": {cohort: CONFIG.cohorts[cohort].tiling for cohort in dataset.cohorts},
+                "tiling": {name: CONFIG.cohorts[name].tiling for name in dataset.cohorts if name in TILED},
                 "split": json.loads(split_settings(wildcards)),
             },
         },

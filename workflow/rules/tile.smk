@@ -7,6 +7,8 @@ rule tile_slide:
         contours="results/{cohort}/tiles/{slide}.geojson",
     log:
         "results/{cohort}/logs/tile/{slide}.log",
+    wildcard_constraints:
+        cohort=one_of(TILED),
     conda:
         "../../envs/preprocessing.yaml"
     resources:
