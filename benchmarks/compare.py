@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.measure import markdown_table
-from gmmamba.comparison import bootstrap_samples, check_same_slides, interval, pooled, read_test, sampled_values, values
+from gmmamba.comparison import bootstrap_samples, check_same_slides, interval, pooled, read_test, values
 from gmmamba.evaluation import probabilities_of
 from gmmamba.metrics import classification_metrics
 
@@ -34,17 +34,18 @@ def compare(folder: Path, experiments: list[str]) -> str:
     classes = [c.removeprefix("prob_") for c in reference.columns if c.startswith("prob_")]
     samples = bootstrap_samples(reference)
     pools = {name: pooled(table, classes) for name, table in tables.items()}
-    sampled = {name: sampled_values(pool, samples) for name, pool in pools.items()}
+    sampled = {name: values(pool, samples) for name, pool in pools.items()}
+    whole = {name: values(pool, np.ones_like(samples[:1]))[0] for name, pool in pools.items()}
 
-    everything, rows = np.arange(len(pools[experiments[0]][0][0])), []
+    rows = []
     for name, table in tables.items():
         runs = [run for _, run in table.groupby(["fold", "seed"])]
         folds = [classification_metrics(*probabilities_of(run, classes))["auroc"] for run in runs]
-        auroc, accuracy, loss = values(pools[name], everything)
+        auroc, accuracy, loss = whole[name]
         row = [name, str(len(runs)), f"{np.mean(folds):.3f} ± {np.std(folds, ddof=1):.3f}"]
         row += [f"{auroc:.3f}", f"{accuracy:.3f}", f"{loss:.3f}"]
         for metric in (0, 2):
-            difference = (auroc, accuracy, loss)[metric] - values(pools[experiments[0]], everything)[metric]
+            difference = whole[name][metric] - whole[experiments[0]][metric]
             low, high = interval((sampled[name] - sampled[experiments[0]])[:, metric])
             row.append("" if name == experiments[0] else f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]")
         rows.append(row)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from sklearn.metrics import roc_auc_score
 
 from gmmamba.evaluation import probabilities_of, read_predictions
 
@@ -38,29 +37,38 @@ def pooled(table: pd.DataFrame, classes: list[str]) -> Pooled:
     return [probabilities_of(of_seed, classes) for _, of_seed in table.groupby("seed")]
 
 
-def values(pools: Pooled, chosen: np.ndarray) -> np.ndarray:
-    """AUROC (macro), accuracy and log loss of the chosen slides, each the mean over seeds; NaN without a class."""
-    rows = []
-    for true, probabilities in pools:
-        y, P = true[chosen], probabilities[chosen]
+def values(pools: Pooled, weights: np.ndarray) -> np.ndarray:
+    """AUROC (macro), accuracy and log loss, each the mean over seeds, for each row of weights (B, S): (B, 3). NaN where
+    a class has no weight."""
+    total, rows = weights.sum(1), []
+    for true, P in pools:
         classes = range(P.shape[1] - 1, 0 if P.shape[1] == 2 else -1, -1)
-        whole = len(np.unique(y)) == P.shape[1]
-        auroc = np.mean([roc_auc_score(y == c, P[:, c]) for c in classes]) if whole else np.nan
-        rows.append([auroc, np.mean(P.argmax(1) == y), -np.log(P[np.arange(len(y)), y]).mean()])
-    return np.mean(rows, axis=0)
+        auroc = np.mean([weighted_auroc(true == c, P[:, c], weights) for c in classes], axis=0)
+        loss = -np.log(P[np.arange(len(true)), true])
+        rows.append([auroc, weights @ (P.argmax(1) == true) / total, weights @ loss / total])
+    return np.mean(rows, axis=0).T
 
 
-def bootstrap_samples(table: pd.DataFrame, samples: int = SAMPLES) -> list[np.ndarray]:
-    """Indices of slides, of as many patients as there are, drawn with replacement: the same for every experiment."""
-    patients = table[table["seed"] == table["seed"].min()]["patient_id"].to_numpy()
-    slides_of = {patient: np.flatnonzero(patients == patient) for patient in np.unique(patients)}
-    rng = np.random.default_rng(0)
-    return [np.concatenate([slides_of[p] for p in rng.choice(list(slides_of), len(slides_of))]) for _ in range(samples)]
+def weighted_auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The share of pairs of a positive and another slide in which the positive has the higher score, ties half.
+
+    positive: (S,) bool; scores: (S,); weights: (B, S), how often each slide counts. One value for each row, (B,).
+    """
+    ours, others = scores[positive][:, None], scores[~positive]
+    ahead = (ours > others) + (ours == others) / 2
+    W, V = weights[:, positive], weights[:, ~positive]
+    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no such pair
+        return np.asarray(((W @ ahead) * V).sum(1) / (W.sum(1) * V.sum(1)))
 
 
-def sampled_values(pools: Pooled, samples: Sequence[np.ndarray]) -> np.ndarray:
-    """`values` of each sample, (samples, 3)."""
-    return np.array([values(pools, sample) for sample in samples])
+def bootstrap_samples(table: pd.DataFrame, samples: int = SAMPLES) -> np.ndarray:
+    """How often each slide counts (samples, S) where as many patients as there are are drawn with replacement: the same
+    for every experiment."""
+    patients = table.loc[table["seed"] == table["seed"].min(), "patient_id"]
+    owner, names = pd.factorize(patients, sort=True)
+    drawn = np.random.default_rng(0).integers(len(names), size=(samples, len(names)))
+    counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in drawn])
+    return counts[:, owner].astype(np.float64)
 
 
 def interval(differences: np.ndarray) -> tuple[float, float]:

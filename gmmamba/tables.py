@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gmmamba.comparison import bootstrap_samples, check_same_slides, interval, pooled, read_test, sampled_values, values
+from gmmamba.comparison import bootstrap_samples, check_same_slides, interval, pooled, read_test, values
 from gmmamba.metrics import METRICS
 from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.atomic import replace_when_whole
@@ -86,9 +86,8 @@ def table_numbers(
     check_same_slides(tests)
     samples = bootstrap_samples(next(iter(tests.values())))
     pools = {row: pooled(test, classes) for row, test in tests.items()}
-    everything = np.arange(len(next(iter(pools.values()))[0][0]))
-    auroc = {row: values(pool, everything)[0] for row, pool in pools.items()}
-    sampled = {row: sampled_values(pool, samples)[:, 0] for row, pool in pools.items()}
+    auroc = {row: values(pool, np.ones_like(samples[:1]))[0, 0] for row, pool in pools.items()}
+    sampled = {row: values(pool, samples)[:, 0] for row, pool in pools.items()}
 
     rows: list[dict[str, Any]] = []
     for row, what in table.rows.items():
