@@ -116,6 +116,7 @@ def run_campaign(
         subprocess.run(command(calm, "--cores", str(cores), "--quiet", "all"), check=True)
         expected = outputs(calm)
         while campaign.killed.total() < kills:
+            print(f"{campaign.killed.total()} of {kills} kills, {campaign.finished} runs finished", file=sys.stderr)
             if kill_one(project, longest, rng, cores, campaign, expected):
                 finish(project, cores, campaign, expected)
                 shutil.rmtree(project / ".snakemake")

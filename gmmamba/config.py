@@ -90,6 +90,7 @@ class Config:
     table_experiment: Callable[[str, str], Experiment]
     """That of a dataset and a row, resolved when it is asked for; ConfigError as for other experiments."""
     max_failed_share: float
+    reading: dict[str, Any]
     report: dict[str, Any]
 
     def table_experiments(self) -> dict[str, str]:
@@ -155,7 +156,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     return Config(
         cohorts, settings["encoders"], datasets, experiments,
         tables, {name: asked["datasets"].get(name, list(datasets)) for name in tables}, asked["protocol"],
-        table_experiment, settings["max_failed_share"], settings["report"],
+        table_experiment, settings["max_failed_share"], settings["reading"], settings["report"],
     )  # fmt: skip
 
 

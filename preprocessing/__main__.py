@@ -25,9 +25,11 @@ def tile(args: argparse.Namespace) -> None:
 def encode(args: argparse.Namespace) -> None:
     from preprocessing.encode import encode_slide
     from preprocessing.encoders import EncoderSettings
+    from preprocessing.patches import ReadingSettings
 
     settings = from_dict(EncoderSettings, args.settings, "encoder settings")
-    encode_slide(args.slide, args.coords, args.record, settings, args.output, args.threads)
+    reading = from_dict(ReadingSettings, args.reading, "reading settings")
+    encode_slide(args.slide, args.coords, args.record, settings, reading, args.output, args.threads)
 
 
 def demo_cohort(args: argparse.Namespace) -> None:
@@ -59,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--coords", type=Path, required=True, help="from tile")
     command.add_argument("--record", type=Path, required=True, help="from tile")
     command.add_argument("--settings", type=json.loads, required=True, help="encoder settings as JSON")
+    command.add_argument("--reading", type=json.loads, default={}, help="how patches are read, as JSON")
     command.add_argument("--output", type=Path, required=True, help="the store to write, .zarr.zip")
     command.add_argument("--threads", type=int, default=1, help="of the network and of the readers, each")
 

@@ -64,7 +64,7 @@ class Slide:
         try:
             rgba = np.asarray(self.handle.read_region((int(x), int(y)), level, (width, height)))
         except openslide.OpenSlideError as error:
-            raise self._damaged(error) from error
+            raise self.damaged(error) from error
         alpha = rgba[..., 3:]
         if alpha.min() == 255:
             return np.ascontiguousarray(rgba[..., :3])
@@ -90,7 +90,8 @@ class Slide:
         scale = min(1.0, self.level0_mpp / mpp)
         return resize(reduced, (max(1, round(self.width * scale)), max(1, round(self.height * scale))))
 
-    def _damaged(self, error: Exception) -> SlideError:
+    def damaged(self, error: Exception) -> SlideError:
+        """What to raise where a part of the file cannot be decoded."""
         return SlideError(
             f"slide {self.slide_id} ({self.path}) cannot be decoded ({error}): the file is damaged;"
             " copy it anew from its source, or set exclude in the sheet"

@@ -39,7 +39,8 @@ class StoreAttributes:
     its h5).
 
     Sizes are in pixels, mpp in µm per pixel; `mpp` and `patch_px` are of the patches as the encoder saw them,
-    `level0_*` of the slide. Where the slide failed before they were known, they are None.
+    `level0_*` of the slide. Where the slide failed before they were known, they are None. `reader` is what read the
+    pixels, `damaged` the (x, y) of patches that could not be decoded and have no row.
     """
 
     slide_id: str
@@ -57,6 +58,9 @@ class StoreAttributes:
     source: dict[str, Any] = field(hash=False)
     created_by: str
     failure: dict[str, str] | None = field(default=None, hash=False)
+    reader: str | None = None
+    warnings: list[str] = field(default_factory=list, hash=False)
+    damaged: list[list[int]] = field(default_factory=list, hash=False)
     schema_version: str = SCHEMA_VERSION
 
 

@@ -24,12 +24,14 @@ import json
 import os
 import resource
 import runpy
+import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -56,13 +58,11 @@ def run_warm(package: str, arguments: Sequence[str], preload: Sequence[str]) -> 
         try:
             connection = _connect(address, owner, preload)
         except OSError as error:  # such as a file system without locks or sockets, or a path too long for one
-            print(f"no warm start, this job runs by itself: {error}; TMPDIR chooses the folder", file=sys.stderr)
-            return None
+            return _run_alone(int(owner), f"{error}; TMPDIR chooses the folder")
         with connection:
             if _send(connection, package, arguments) and _receive(connection, 1) == b"+":
                 return _wait(connection)
-    print(f"no warm start, this job runs by itself: the process for {package} ended at once", file=sys.stderr)
-    return None
+    return _run_alone(int(owner), f"the process for {package} ended at once")
 
 
 def usage() -> str:
@@ -73,6 +73,23 @@ def usage() -> str:
 
 
 # The client ----------------------------------------------------------------------------------------------------------
+
+
+def _run_alone(owner: int, why: str) -> int | None:
+    """None: the caller may run its command in this process, which then ends with the owner, as a fork would."""
+    try:
+        alive = os.pidfd_open(owner)
+    except ProcessLookupError:
+        print("Snakemake has ended: this job is not begun", file=sys.stderr)
+        return 1
+
+    def watch() -> None:
+        select.select([alive], [], [])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    print(f"no warm start, this job runs by itself: {why}", file=sys.stderr)
+    return None
 
 
 def _folder() -> Path:

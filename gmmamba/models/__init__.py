@@ -14,13 +14,19 @@ if TYPE_CHECKING:
 MODELS = {
     "gmmamba": "gmmamba.models.gmmamba:GMMamba",
     "abmil": "gmmamba.models.abmil:ABMIL",
+    "clam": "gmmamba.models.clam:CLAM",
+    "dsmil": "gmmamba.models.dsmil:DSMIL",
+    "dtfd": "gmmamba.models.dtfd:DTFD",
+    "ibmil": "gmmamba.models.ibmil:IBMIL",
+    "ilra": "gmmamba.models.ilra:ILRA",
+    "acmil": "gmmamba.models.acmil:ACMIL",
     "mean": "gmmamba.models.pooling:MeanPooling",
     "max": "gmmamba.models.pooling:MaxPooling",
 }
-CSS_HOSTS = frozenset({"abmil", "clam", "dtfd", "transmil", "ssmmil", "mambamil"})
+CSS_HOSTS = frozenset({"abmil", "clam", "dtfd", "ilra", "acmil", "transmil", "ssmmil", "mambamil"})
 """Methods with an `encode`, trained in one stage: what CSS can be plugged into."""
 CSS_PLUGIN = "gmmamba.models.css_plugin"
-TWO_STAGES: frozenset[str] = frozenset()
+TWO_STAGES: frozenset[str] = frozenset({"ibmil"})
 """Methods trained twice: first with stage=1, then from what that learned (`MILModel.start_from`)."""
 
 

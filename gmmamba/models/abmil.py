@@ -1,6 +1,6 @@
 """ABMIL: attention-based pooling (Ilse, Tomczak and Welling, ICML 2018; BASELINES.md, section 1).
 
-Shapes: N instances, D feature width, M embedding width, L attention width, C classes.
+Shapes: N instances, D feature width, M embedding width, L attention width, K rows of attention, C classes.
 """
 
 from __future__ import annotations
@@ -8,6 +8,32 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from gmmamba.models.bag import Bag, MILModel, MILOutput
+
+
+class GatedAttention(nn.Module):
+    """The scores of attention pooling, before softmax: w . (tanh(V h) * sigmoid(U h)), for each of K rows w.
+
+    Args:
+        width: M, of h.
+        hidden: L.
+        rows: K.
+        gated: whether the sigmoid gate U is there.
+        dropout: after tanh and after sigmoid, each by itself.
+    """
+
+    def __init__(self, width: int, hidden: int, rows: int = 1, gated: bool = True, dropout: float = 0.0):
+        super().__init__()
+        self.v = nn.Sequential(nn.Linear(width, hidden), nn.Tanh(), nn.Dropout(dropout))
+        self.u = nn.Sequential(nn.Linear(width, hidden), nn.Sigmoid(), nn.Dropout(dropout)) if gated else None
+        self.score = nn.Linear(hidden, rows)
+
+    def forward(self, h: Tensor) -> Tensor:
+        """(N, M) to (K, N)."""
+        gate = self.v(h)
+        if self.u is not None:
+            gate = gate * self.u(h)
+        scores: Tensor = self.score(gate).T
+        return scores
 
 
 class ABMIL(MILModel):
@@ -39,9 +65,7 @@ class ABMIL(MILModel):
         super().__init__()
         self.width = width
         self.embed = nn.Sequential(nn.Linear(in_dim, width, bias=bias), nn.ReLU(), nn.Dropout(dropout))
-        self.attention_v = nn.Sequential(nn.Linear(width, hidden), nn.Tanh())
-        self.attention_u = nn.Sequential(nn.Linear(width, hidden), nn.Sigmoid()) if gated else None
-        self.score = nn.Linear(hidden, 1)
+        self.attention = GatedAttention(width, hidden, gated=gated)
         self.classifier = nn.Linear(width, n_classes)
 
     def forward(self, bag: Bag) -> MILOutput:
@@ -55,9 +79,6 @@ class ABMIL(MILModel):
     def pool(self, bag: Bag) -> tuple[Tensor, Tensor, Tensor]:
         """sum a h (1, M), a (N,) without gradient, scores (1, N)."""
         h: Tensor = self.embed(bag.features)  # (N, M)
-        gate = self.attention_v(h)
-        if self.attention_u is not None:
-            gate = gate * self.attention_u(h)
-        raw = self.score(gate).T  # (1, N)
+        raw: Tensor = self.attention(h)  # (1, N)
         attention = raw.softmax(1)
         return attention @ h, attention[0].detach(), raw

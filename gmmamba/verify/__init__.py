@@ -15,13 +15,27 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from gmmamba.verify.attention_models import replay_abmil
+from gmmamba.verify.attention_models import (
+    replay_abmil,
+    replay_acmil,
+    replay_clam,
+    replay_dsmil,
+    replay_dtfd,
+    replay_ibmil,
+    replay_ilra,
+)
 from gmmamba.verify.baselines import BaselineCase
 from gmmamba.verify.checks import Check, Checks
 from gmmamba.verify.gmmamba import replay_bimamba, replay_gmmamba
 
 ADAPTERS: dict[str, Callable[[BaselineCase], Checks | None]] = {
     "abmil": replay_abmil,
+    "clam": replay_clam,
+    "dsmil": replay_dsmil,
+    "dtfd": replay_dtfd,
+    "ibmil": replay_ibmil,
+    "ilra": replay_ilra,
+    "acmil": replay_acmil,
 }
 """How the cases of each method are replayed; None for a flavour that is not built."""
 

@@ -298,7 +298,8 @@ def named(config: dict[str, Any]) -> dict[str, Experiment]:
 def run(experiment: Experiment) -> MILOutput:
     """A narrow twin of the experiment's model on a bag of four groups."""
     torch.manual_seed(0)
-    model = create_model(experiment.method, 24, 2, **(experiment.model | {"width": 32}))
+    narrow = {"width": 32} if "width" in experiment.model else {}
+    model = create_model(experiment.method, 24, 2, **(experiment.model | narrow))
     bag = Bag(torch.randn(40, 24), torch.zeros(40, 2, dtype=torch.int32), torch.arange(40) % 4)
     output: MILOutput = model.eval()(bag)
     return output

@@ -1,22 +1,27 @@
-"""Every registered model: any bag, gradients everywhere, attention that sums to 1; and what is GMMamba's own."""
+"""Every registered model: any bag, gradients everywhere, attention that sums to 1; and what is GMMamba's own.
+
+What is the other methods' own: test_attention_models.py.
+"""
 
 import itertools
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from gmmamba.models import MODELS, create_model, imm
-from gmmamba.models.bag import Bag, MILOutput
+from gmmamba.models import MODELS, TWO_STAGES, create_model, imm
+from gmmamba.models.bag import Bag, MILModel, MILOutput
 from gmmamba.models.css import CSS, VARIANTS
 from gmmamba.models.gmmamba import PUBLISHED
 from gmmamba.models.imm import MASKS, keep_highest
 
-IN_DIM, SMALL = 24, {"width": 32}
+IN_DIM = 24
+SMALL: dict[str, dict[str, Any]] = {"dsmil": {}, "ibmil": {}}  # these take features as they are; all others width 32
 ABLATIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "published": PUBLISHED,
@@ -30,12 +35,31 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "gated": {"mask": "gated"},
     "adaptive": {"mask": "adaptive"},
 }
-VARIED = [("gmmamba", options) for options in ABLATIONS.values()] + [(m, {}) for m in MODELS if m != "gmmamba"]
+FLAVOURS: list[tuple[str, dict[str, Any]]] = [
+    ("clam", {"branches": "multi"}),
+    ("clam", {"instance_loss": "ce", "subtyping": False}),
+    ("dsmil", {"nonlinear": False}),
+    ("dtfd", {"distill": "AFS"}),
+    ("dtfd", {"distill": "MaxS", "instances": 3}),
+    ("ibmil", {"stage": 1}),
+    ("ibmil", {"merge": "sub"}),
+    ("ilra", {"rank": 3, "layer_norm": False}),
+    ("acmil", {"attention": "mha"}),
+    ("acmil", {"branches": 1, "masked": 0}),
+]
+VARIED = [("gmmamba", options) for options in ABLATIONS.values()]
+VARIED += [(method, {}) for method in MODELS if method != "gmmamba"] + FLAVOURS
+ORDERED = {"gmmamba", "dtfd"}
+"""Methods to which the order of the patches matters: the scan's, and by which the pseudo-bags are drawn."""
 
 
-def make(method: str, seed: int = 0, in_dim: int = IN_DIM, **options: Any) -> torch.nn.Module:
+def make(method: str, seed: int = 0, in_dim: int = IN_DIM, **options: Any) -> MILModel:
     torch.manual_seed(seed)
-    return create_model(method, in_dim, 3, **(SMALL | options)).eval()
+    model = create_model(method, in_dim, 3, **(SMALL.get(method, {"width": 32}) | options)).eval()
+    if method in TWO_STAGES and options.get("stage") != 1:
+        first = create_model(method, in_dim, 3, **(options | {"stage": 1})).eval()
+        model.start_from(first, lambda: (make_bag(9, seed=seed, in_dim=in_dim) for seed in range(5)))
+    return model
 
 
 def make_bag(N: int, groups: int | None = 4, seed: int = 0, in_dim: int = IN_DIM) -> Bag:
@@ -61,13 +85,13 @@ def test_any_bag(method: str, options: dict[str, Any], N: int, groups: int | Non
 
 @pytest.mark.parametrize(("method", "options"), VARIED)
 def test_every_parameter_learns(method: str, options: dict[str, Any]) -> None:
-    model = make(method, **options)
-    F.cross_entropy(model(make_bag(40)).logits, torch.tensor([1])).backward()
+    model = make(method, **options).train()
+    model.training_loss(make_bag(40), torch.tensor([1]), 0.5).backward()
     without = {name for name, parameter in model.named_parameters() if parameter.grad is None}
-    # The published mask is hard: its head keeps its initial weights.
-    hard = options.get("mask") == "published"
-    expected = {name for name, _ in model.named_parameters() if hard and name.startswith("imm.mask_attention")}
-    assert without == expected
+    # As published: the mask is hard, so its head keeps its initial weights; one branch is no use for a loss of its own.
+    left = "imm.mask_attention" if options.get("mask") == "published" else "-"
+    left = "branch_classifiers" if options.get("branches") == 1 else left
+    assert without == {name for name, _ in model.named_parameters() if name.startswith(left)}
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
@@ -79,10 +103,11 @@ def test_same_seed_same_step(method: str) -> None:
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         torch.manual_seed(1)
         for step in range(3):
-            loss = F.cross_entropy(model(make_bag(30, seed=step)).logits, torch.tensor([step]))
+            loss = model.training_loss(make_bag(30, seed=step), torch.tensor([step]), step / 3)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            model.after_step(step / 3)
         losses.append([loss, *model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
 
@@ -92,8 +117,32 @@ def test_bfloat16_autocast_runs(method: str) -> None:
     model, bag = make(method), make_bag(30)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(bag)
-    F.cross_entropy(output.logits.float(), torch.tensor([1])).backward()
+        loss = model.training_loss(bag, torch.tensor([1]), 0.0)
+    loss.backward()
     torch.testing.assert_close(output.logits.float(), model(bag).logits, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize(("method", "options"), [(method, {}) for method in MODELS] + FLAVOURS)
+def test_order_of_the_patches(method: str, options: dict[str, Any]) -> None:
+    """Another order gives the same logits and the attention in that order, or not, as each method says."""
+    model, bag = make(method, **options).double(), make_bag(30, groups=None)
+    order = torch.randperm(30, generator=torch.Generator().manual_seed(1))
+    bag.features = bag.features.double()
+    first, second = model(bag), model(Bag(bag.features[order], bag.coords[order]))
+    same = torch.allclose(first.logits, second.logits, rtol=1e-9, atol=1e-12)
+    assert same == (method not in ORDERED)
+    if same:
+        torch.testing.assert_close(second.attention, first.attention[order])
+
+
+@pytest.mark.parametrize(("method", "options"), VARIED)
+def test_saved_weights_are_all_that_a_prediction_depends_on(
+    method: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    trained, other, bag = make(method, **options), make(method, seed=1, **options), make_bag(30)
+    save_file(trained.state_dict(), tmp_path / "model.safetensors")
+    other.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert torch.equal(trained(bag).logits, other(bag).logits)
 
 
 def test_published_number_of_parameters() -> None:
@@ -251,6 +300,13 @@ def test_css_variants_are_what_the_table_says(variant: str) -> None:
         ("gmmamba", {"instance_dropout": 1.0}, r"instance_dropout is 1.0: give a share"),
         ("gmmamba", {"affinity": "scald"}, "unknown affinity 'scald': did you mean 'scaled'"),
         ("gmmamba", {"token": "mx"}, "unknown token 'mx': did you mean 'max'"),
+        ("clam", {"branches": "mlti"}, "unknown branches 'mlti': did you mean 'multi'"),
+        ("clam", {"instance_loss": "hinge"}, "unknown instance_loss 'hinge': Known: svm, ce"),
+        ("dtfd", {"distill": "MaxMin"}, "unknown distill 'MaxMin': did you mean 'MaxMinS'"),
+        ("ibmil", {"stage": 3}, "stage is 3: IBMIL has the stages 1 and 2"),
+        ("ibmil", {"merge": "ad"}, "unknown merge 'ad': did you mean 'add'"),
+        ("ilra", {"width": 12}, "width is 12: ILRA needs a multiple of its heads, 8"),
+        ("acmil", {"attention": "mha", "width": 12}, "width is 12: ACMIL with attention mha needs a multiple of 8"),
     ],
 )
 def test_wrong_names_and_values_are_errors(method: str, options: dict[str, Any], message: str) -> None:

@@ -11,19 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 
 from preprocessing.encode import encode_slide
 from preprocessing.encoders import Encoder, EncoderSettings
-from preprocessing.errors import SlideError
-from preprocessing.patches import read_batches
+from preprocessing.patches import Reader, ReadingSettings
 from preprocessing.slide import open_slide
-from preprocessing.tile import Outputs, TilingSettings, patch_grid, tile_slide
+from preprocessing.tile import Outputs, TilingSettings, tile_slide
 from slidestore import StoreError, open_store
-from tests.slides import PINK, blob, write_aperio
+from tests.slides import blob, write_aperio
 
 TINY = EncoderSettings(name="tiny", model="test_resnet", weights="random", batch_size=16)
-LINES_UM = 10  # distance of the painted lines
 
 
 def tile(path: Path, patch_px: int = 64) -> Outputs:
@@ -32,51 +31,16 @@ def tile(path: Path, patch_px: int = 64) -> Outputs:
     return outputs
 
 
-def encode(path: Path, outputs: Outputs, settings: EncoderSettings = TINY, threads: int = 1) -> Path:
+def encode(
+    path: Path,
+    outputs: Outputs,
+    settings: EncoderSettings = TINY,
+    reading: ReadingSettings = ReadingSettings(),  # noqa: B008
+    threads: int = 1,
+) -> Path:
     store = path.parent / "S1.zarr.zip"
-    encode_slide(path, outputs.coords, outputs.record, settings, store, threads)
+    encode_slide(path, outputs.coords, outputs.record, settings, reading, store, threads)
     return store
-
-
-@pytest.mark.parametrize(
-    ("level0_mpp", "target_mpp", "downsamples"),
-    [
-        (0.5, 0.5, (1,)),
-        (0.25, 0.5, (1,)),
-        (0.25, 0.5, (1, 2, 4)),
-        (0.31, 0.5, (1, 4)),
-        (0.31, 1.0, (1, 2)),
-        (0.2425, 1.0, (1, 4, 16)),
-    ],
-)
-def test_a_painted_grid_lands_where_it_should(
-    tmp_path: Path, level0_mpp: float, target_mpp: float, downsamples: tuple[int, ...]
-) -> None:
-    """Dark lines every 10 µm, painted at level 0: in every patch their centres are off by under a pixel."""
-    width, height, patch_px = 2300, 1400, 96
-    at_um = [(np.arange(n) + 0.5) * level0_mpp for n in (width, height)]
-    dark = [np.abs((um - LINES_UM / 2) % LINES_UM - LINES_UM / 2) < 1 for um in at_um]  # lines 2 µm wide
-    image = np.full((height, width, 3), PINK, np.uint8)
-    image[dark[1][:, None] | dark[0][None]] = (60, 20, 60)
-    path = write_aperio(tmp_path / "a.svs", image, level0_mpp, downsamples=downsamples)
-
-    slide = open_slide(path, "S1", "a")
-    patch_px_level0 = patch_px * target_mpp / level0_mpp
-    coords, _ = patch_grid(np.ones((50, 80), bool), (width, height), patch_px_level0, 0.5)
-    record = {"patch_px": patch_px, "mpp": target_mpp, "patch_px_level0": patch_px_level0}
-    patches = np.concatenate(list(read_batches(slide, coords, record["patch_px"], record["mpp"], 16, 2)))
-    assert patches.shape == (len(coords), patch_px, patch_px, 3)
-
-    centres_um = (np.arange(patch_px) + 0.5) * target_mpp
-    for (x, y), patch in zip(coords, patches, strict=True):
-        for start, profile in ((x, patch[..., 1].mean(axis=0)), (y, patch[..., 1].mean(axis=1))):
-            darkness = profile.max() - profile
-            seen = start * level0_mpp + centres_um
-            for line in np.arange(0, seen[-1], LINES_UM):
-                near = np.abs(seen - line) < 3
-                if line - 3 > seen[0] and line + 3 < seen[-1]:
-                    centre = np.average(seen[near], weights=darkness[near])
-                    assert abs(centre - line) < target_mpp, (x, y, line)
 
 
 def test_rows_belong_to_their_patches(tmp_path: Path) -> None:
@@ -117,27 +81,40 @@ def test_a_slide_that_tile_failed_gets_a_store_that_says_so(tmp_path: Path) -> N
     assert "has no mpp" in store.attributes.failure["reason"]
 
 
-def test_a_slide_that_breaks_in_the_middle_gets_a_store_that_says_so(tmp_path: Path) -> None:
-    """A JPEG tile of level 0 is damaged: the thumbnail comes from level 1, so tile does not notice."""
+def damage(path: Path, tiles: slice) -> None:
+    """Zeros over the beginning of some JPEG tiles of level 0."""
+    with tifffile.TiffFile(path) as tif:
+        offsets = tif.pages[0].dataoffsets
+    with path.open("r+b") as file:
+        for offset in offsets[tiles]:
+            file.seek(offset)
+            file.write(bytes(100))
+
+
+@pytest.mark.parametrize("reader", ["exact", "openslide"])
+def test_a_damaged_tile_costs_the_patches_it_touches(tmp_path: Path, reader: Reader) -> None:
     path = write_aperio(tmp_path / "a.svs", blob(1400, 1400, 500), downsamples=(1, 16))
     outputs = tile(path)
-    assert json.loads(outputs.record.read_text())["status"] == "ok"
-    damaged = bytearray(path.read_bytes())
-    middle = len(damaged) // 2
-    damaged[middle : middle + 20_000] = bytes(20_000)
-    path.write_bytes(damaged)
+    whole = open_store(encode(path, outputs))
+    expected = whole.features
+    damage(path, slice(14, 15))
+    store = open_store(encode(path, outputs, reading=ReadingSettings(reader, max_damaged_share=0.2)))
+    lost = {(x, y) for x, y in store.attributes.damaged}
+    assert 0 < len(lost) < 0.2 * len(whole.coords)
+    kept = np.array([tuple(xy) not in lost for xy in whole.coords.tolist()])
+    np.testing.assert_array_equal(store.coords, whole.coords[kept])
+    np.testing.assert_allclose(store.features, expected[kept], atol=2e-3)
+
+
+def test_a_slide_with_too_many_damaged_patches_gets_a_store_that_says_so(tmp_path: Path) -> None:
+    path = write_aperio(tmp_path / "a.svs", blob(1400, 1400, 500), downsamples=(1, 16))
+    outputs = tile(path)
+    damage(path, slice(10, 20))
     store = open_store(encode(path, outputs))
     assert store.shape == (0, 0)
     assert store.attributes.failure is not None
     assert store.attributes.failure["stage"] == "encode"
-    assert f"slide S1 ({path}) cannot be decoded" in store.attributes.failure["reason"]
-
-
-def test_a_reader_that_fails_stops_the_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slide = open_slide(write_aperio(tmp_path / "a.svs", blob(900, 700, 250)), "S1", "a")
-    monkeypatch.setattr(type(slide), "read_region", lambda *_: (_ for _ in ()).throw(SlideError("broken")))
-    with pytest.raises(SlideError, match="broken"):
-        list(read_batches(slide, np.zeros((100, 2), np.int32), 64, 0.5, 8, 2))
+    assert "cannot be decoded, reading.max_damaged_share allows 0.05" in store.attributes.failure["reason"]
 
 
 def test_coords_of_another_tiling_are_refused(tmp_path: Path) -> None:

@@ -130,6 +130,28 @@ def test_without_an_owner_a_command_runs_by_itself(start: Start, tmp_path: Path)
     assert not sockets(tmp_path)
 
 
+def test_a_job_whose_snakemake_has_ended_is_not_begun(start: Start) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    job = start("say", **{OWNER: str(ended.pid)})
+    out, err = job.communicate(timeout=60)
+    assert (job.returncode, out) == (1, "")
+    assert "Snakemake has ended: this job is not begun" in err
+
+
+def test_a_job_that_runs_by_itself_ends_with_snakemake_too(start: Start, tmp_path: Path) -> None:
+    owner = subprocess.Popen(["sleep", "600"])
+    crowded = tmp_path / ("folder with a name too long for the address of a socket " * 3)
+    crowded.mkdir()
+    job = start("wait", "first", TMPDIR=str(crowded), **{OWNER: str(owner.pid)})
+    wait_until(lambda: (tmp_path / "first").exists())
+    owner.kill()
+    owner.wait()
+    assert job.wait(30) == -signal.SIGKILL
+    assert job.stderr is not None
+    assert "this job runs by itself" in job.stderr.read()
+
+
 def test_failures_are_the_job_s_own(start: Start) -> None:
     expected = {"fail": (1, "ValueError: a broken job"), "exit": (1, "no such slide\n"), "killed": (137, "SIGKILL")}
     for command, (status, message) in expected.items():

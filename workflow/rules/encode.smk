@@ -16,11 +16,13 @@ rule encode_slide:
     params:
         slide=slide_file,
         settings=encoder_settings,
+        reading=reading_settings,
         weights=weights_version,
         code=code_digest("preprocessing.encode"),
     shell:
         "python -m preprocessing encode --slide={params.slide:q} --coords {input.coords} --record {input.record}"
-        " --settings {params.settings:q} --threads {threads} --output {output} > {log} 2>&1"
+        " --settings {params.settings:q} --reading {params.reading:q} --threads {threads} --output {output}"
+        " > {log} 2>&1"
 
 
 rule account_cohort:

@@ -41,6 +41,10 @@ def encoder_settings(wildcards):
     )
 
 
+def reading_settings(wildcards):
+    return json.dumps(CONFIG.reading, sort_keys=True)
+
+
 def weights_version(wildcards):
     """Of the weights file of an encoder, where it is one: another file of that name is another encoder."""
     weights = CONFIG.encoders[wildcards.encoder]["weights"]
