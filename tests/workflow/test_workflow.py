@@ -329,31 +329,12 @@ def test_css_as_a_plug_in_brings_its_groups(project: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.fixture
-def two_stages(project: Path, code: Path) -> tuple[Path, Path]:
-    """A project whose experiment `twice` has a method of two stages, and the program that has the method."""
-    shutil.copy(ROOT / "tests/gmmamba/two_stages.py", code / "gmmamba/models/two_stages.py")
-    with (code / "gmmamba/models/__init__.py").open("a") as registry:
-        registry.write('\nMODELS["twice"] = "gmmamba.models.two_stages:TwoStages"\n')
-        registry.write('TWO_STAGES = TWO_STAGES | {"twice"}\n')
-    schema = yaml.safe_load((code / "workflow/schemas/config.schema.yaml").read_text())
-    properties = {"method": {"type": "string"}, "stage": {"type": "integer", "default": 2}}
-    schema["$defs"]["methods"]["twice"] = {
-        "type": "object", "additionalProperties": False, "properties": properties,
-    }  # fmt: skip
-    (code / "workflow/schemas/config.schema.yaml").write_text(yaml.safe_dump(schema, sort_keys=False))
-    edit(project, lambda c: (c["models"].update(twice={"method": "twice"}),
-                             c["experiments"].update(twice={"model": "twice", "dataset": "d"})))  # fmt: skip
-    return project, code
-
-
-def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(two_stages: tuple[Path, Path]) -> None:
-    project, code = two_stages
-    first = runs("train_first_stage", "twice")
-    assert plan(project, code) == first | after_training("twice")  # no other experiment gets one
-    run = snakemake(project, "--show-failed-logs", code=code)
+def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(project: Path) -> None:
+    edit(project, lambda c: c["experiments"].update(twice={"model": "ibmil", "dataset": "d"}))
+    assert plan(project) == runs("train_first_stage", "twice") | after_training("twice")  # no other gets one
+    run = snakemake(project, "--show-failed-logs")
     assert run.returncode == 0, run.stdout + run.stderr
-    assert plan(project, code) == set()
+    assert plan(project) == set()
 
     # Killed between the stages, or in the second: the first is done.
     folder = project / "results/d/twice/fold1_seed0"
@@ -361,9 +342,9 @@ def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(two_stages:
         file.unlink()
     assert (folder / "first_stage/model.safetensors").is_file()
     expected = {f"{rule} dataset=d, experiment=twice, fold=1, seed=0" for rule in ("train", "predict")}
-    assert plan(project, code) == expected | {"evaluate dataset=d, experiment=twice", "report dataset=d"}
+    assert plan(project) == expected | {"evaluate dataset=d, experiment=twice", "report dataset=d"}
     edit(project, lambda c: c["experiments"]["twice"].update(overrides={"stage": 1}))
-    assert plan(project, code) == after_training("twice")  # the first stage alone is a method of one
+    assert plan(project) == after_training("twice")  # the first stage alone is a method of one
 
 
 STAGES = {  # module -> what its change makes run
