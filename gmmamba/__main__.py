@@ -96,6 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
     add_run(sub)
     sub.add_argument("--experiment", type=json.loads, required=True)
     sub.add_argument("--output", type=Path, required=True, help="folder for the model and its history")
+    sub.add_argument("--stage", type=int, choices=[1, 2], default=2, help="1: the first of a method of two stages")
+    sub.add_argument("--first-stage", type=Path, metavar="FOLDER", help="what --stage 1 wrote")
     sub.add_argument("--cache-mb", type=int, default=2000, help="features that stay in memory between epochs, in MB")
 
     sub = command("predict-fold", predict_fold, "predict the validation and test slides of one fold", MODELLING)
@@ -118,6 +120,12 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--output", type=Path, required=True)
     sub.add_argument("--table", type=Path, required=True)
     sub.add_argument("--accounting", type=Path, required=True)
+
+    sub = command("table", table, "a table of the paper, of one dataset, in three forms", ["gmmamba.tables"])
+    sub.add_argument("--settings", type=json.loads, required=True)
+    sub.add_argument("--results", type=Path, required=True, help="folder with the experiments' folders")
+    for form in ("csv", "markdown", "latex"):
+        sub.add_argument(f"--{form}", type=Path, required=True)
 
     sub = command("summary", summary, "print the result table and the accounting of a finished dataset")
     sub.add_argument("folder", type=Path)
@@ -277,7 +285,8 @@ def train(options: argparse.Namespace) -> None:
 
     run(
         options.experiment, options.fold, options.seed, options.splits, dict(options.slide_table),
-        dict(options.groups) or None, options.output, options.threads, options.cache_mb,
+        dict(options.groups) or None, options.output, options.threads, options.cache_mb, options.stage,
+        options.first_stage,
     )  # fmt: skip
 
 
@@ -304,6 +313,14 @@ def report(options: argparse.Namespace) -> None:
         splits=options.splits, results=options.results, output=options.output, table=options.table,
         accounting=options.accounting,
     )  # fmt: skip
+
+
+def table(options: argparse.Namespace) -> None:
+    from gmmamba.tables import write_table
+
+    write_table(
+        **options.settings, results=options.results, csv=options.csv, markdown=options.markdown, latex=options.latex
+    )
 
 
 def summary(options: argparse.Namespace) -> None:

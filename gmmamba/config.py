@@ -1,8 +1,8 @@
 """The configuration: checked whole before any job starts, and resolved into what each stage needs.
 
-Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml, config/models.yaml and the slide sheets; writes
-nothing. An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and folds are not part of
-it, so that one more seed trains only that seed.
+Reads config.yaml (already parsed), workflow/schemas/config.schema.yaml, config/models.yaml, config/tables.yaml and the
+slide sheets; writes nothing. An experiment is resolved as ``method defaults <- models[name] <- overrides``; seeds and
+folds are not part of it, so that one more seed trains only that seed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import ast
 import copy
 import difflib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ import jsonschema
 import yaml
 
 from gmmamba.cohort import Slide, check_dataset, read_sheet
+from gmmamba.models import CSS_HOSTS
 from gmmamba.splits import SplitSettings
+from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.foreign import ForeignFiles
 from slidestore.settings import own_function
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
-NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration
-RESERVED = ("tiles", "features", "groups", "logs", "benchmarks")  # folders of results/{name}/ that stages own
+NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration, as are the tables
+TABLES = ROOT / "config" / "tables.yaml"
+RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
+PROTOCOLS = ("unified", "official")
 
 
 class ConfigError(ValueError):
@@ -69,6 +74,7 @@ class Dataset:
     classes: list[str]
     encoder: str
     split: SplitSettings
+    seeds: list[int]
 
     @property
     def folds(self) -> list[int]:
@@ -97,7 +103,11 @@ class Config:
     encoders: dict[str, dict[str, Any]]
     datasets: dict[str, Dataset]
     experiments: dict[tuple[str, str], Experiment]  # by (dataset, experiment)
-    seeds: list[int]
+    tables: dict[str, Table]
+    table_datasets: dict[str, list[str]]  # by table
+    table_protocol: str
+    table_experiment: Callable[[str, str], Experiment]
+    """That of a dataset and a row, resolved when it is asked for; ConfigError as for other experiments."""
     max_failed_share: float
     reading: dict[str, Any]
     report: dict[str, Any]
@@ -106,9 +116,9 @@ class Config:
         """Every encoder whose features there are: those that run here, and those of imported features."""
         return {*self.encoders, *(name for cohort in self.cohorts.values() for name in cohort.features)}
 
-    def groupings(self) -> list[str]:
-        """Every grouping that some experiment uses."""
-        return sorted({e.grouping for e in self.experiments.values() if e.grouping})
+    def table_experiments(self) -> dict[str, str]:
+        """The row of each experiment of the tables, by the experiment's name."""
+        return {experiment_name(row, self.table_protocol): row for table in self.tables.values() for row in table.rows}
 
 
 def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> Config:
@@ -117,9 +127,10 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     Raises:
         ConfigError: naming every unknown key (with the nearest known one), wrong value and bad sheet line.
     """
-    schema = yaml.safe_load(schema_file.read_text())
+    schema = with_css_plugin(yaml.safe_load(schema_file.read_text()))
+    named = yaml.safe_load(NAMED_MODELS.read_text())
     if isinstance(own := raw.get("models", {}), Mapping):
-        raw = {**raw, "models": yaml.safe_load(NAMED_MODELS.read_text())["models"] | dict(own)}
+        raw = {**raw, "models": named["models"] | dict(own)}
     raise_if(list(schema_problems(raw, schema, schema)) + list(model_problems(raw, schema)))
     settings = with_defaults(raw, schema, schema)
     raise_if(list(reference_problems(settings)))
@@ -146,22 +157,48 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     datasets = {}
     for name, dataset in settings["datasets"].items():
         split = SplitSettings(**dataset["split"])
-        datasets[name] = Dataset(name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split)
+        seeds = dataset.get("seeds", settings["seeds"])
+        datasets[name] = Dataset(name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split, seeds)
         members = [cohorts[c] for c in dataset["cohorts"]]
         problems += check_dataset(
             name, [(c.name, c.sheet, list(c.slides.values())) for c in members], dataset["classes"], split
         )
     raise_if(problems)
 
+    settings["official"] = named["official"]
     experiments = {
         (dataset, name): resolve_experiment(name, e, settings, datasets[dataset], schema)
         for name, e in settings["experiments"].items()
         for dataset in datasets_of(e)
     }
+    asked = settings["tables"]
+    tables = {name: table_of(table) for name, table in yaml.safe_load(TABLES.read_text())["tables"].items()}
+    rows = {name: row for table in tables.values() for name, row in table.rows.items()}
+
+    @cache
+    def table_experiment(dataset: str, name: str) -> Experiment:
+        row, wanted = rows[name], {"protocol": asked["protocol"], "training": asked["training"]}
+        if row.model not in settings["models"]:
+            raise ConfigError(f"{TABLES.name}, row {name}: there is no model {row.model!r} in {NAMED_MODELS.name}")
+        experiment = {"model": row.model, "overrides": row.overrides, **wanted}
+        return resolve_experiment(
+            experiment_name(name, asked["protocol"]), experiment, settings, datasets[dataset], schema
+        )
+
     return Config(
         cohorts, settings["encoders"], datasets, experiments,
-        settings["seeds"], settings["max_failed_share"], settings["reading"], settings["report"],
+        tables, {name: asked["datasets"].get(name, list(datasets)) for name in tables}, asked["protocol"],
+        table_experiment, settings["max_failed_share"], settings["reading"], settings["report"],
     )  # fmt: skip
+
+
+def with_css_plugin(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema in which every method that CSS can be plugged into has the plug-in's hyperparameters, too."""
+    methods = dict(schema["$defs"]["methods"])
+    for name in CSS_HOSTS & set(methods):
+        properties = methods[name]["properties"] | schema["$defs"]["css_plugin"]["properties"]
+        methods[name] = methods[name] | {"properties": properties}
+    return {**schema, "$defs": schema["$defs"] | {"methods": methods}}
 
 
 def datasets_of(experiment: Mapping[str, Any]) -> list[str]:
@@ -175,9 +212,22 @@ def resolve_experiment(
 ) -> Experiment:
     """``method defaults <- models[name] <- overrides``; grouping and number of groups become one name."""
     chosen = {**settings["models"][experiment["model"]], **experiment["overrides"]}
-    model = with_defaults(chosen, schema["$defs"]["methods"][chosen["method"]], schema)
-    method, kind, groups = model.pop("method"), model.pop("grouping", "none"), model.pop("groups", None)
-    training = {**settings["training"], **experiment["training"]}
+    method = chosen["method"]
+    if method in CSS_HOSTS:
+        check_css_plugin(name, chosen)
+    model = with_defaults(chosen, schema["$defs"]["methods"][method], schema)
+    del model["method"]
+    kind, groups = model.pop("grouping", "none"), model.pop("groups", None)
+    if method in CSS_HOSTS and not model["css"]:
+        del model["css"]
+        kind = "none"
+    training = settings["training"]
+    if experiment["protocol"] == "official":
+        if method not in settings["official"]:
+            known = ", ".join(settings["official"])
+            raise ConfigError(f"experiments.{name}.protocol: no official one is known for {method}, only for {known}")
+        training = with_defaults(settings["official"][method], schema["$defs"]["training"], schema)
+    training = {**training, **experiment["training"]}
     if training["epochs"] <= training["select_after"]:
         raise ConfigError(
             f"experiments.{name}: training.epochs ({training['epochs']}) must exceed training.select_after "
@@ -185,6 +235,15 @@ def resolve_experiment(
         )
     grouping = None if kind == "none" else f"{kind}-{groups}"
     return Experiment(name, method, model, grouping, training, dataset.encoder, dataset.classes)
+
+
+def check_css_plugin(name: str, model: Mapping[str, Any]) -> None:
+    """ConfigError for what cannot be plugged together."""
+    if not model.get("css", False):
+        if unused := sorted({"grouping", "groups"} & set(model)):
+            raise ConfigError(f"experiments.{name}: {model['method']} has {unused[0]} only with css: true")
+    elif model.get("width", 8) % 8:
+        raise ConfigError(f"experiments.{name}: with css, width must be a multiple of 8, not {model['width']}")
 
 
 def raise_if(problems: list[str]) -> None:
@@ -277,6 +336,11 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"experiments.{name}.dataset", dataset, "datasets")
         if name in RESERVED:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
+        if name.endswith(tuple(f".{protocol}" for protocol in PROTOCOLS)):
+            yield f"experiments.{name}: such names are those of the tables' experiments, choose another"
+    for name, named in settings["tables"]["datasets"].items():
+        for dataset in named:
+            yield from unknown(f"tables.datasets.{name}", dataset, "datasets")
 
 
 def encoder_problems(where: str, encoder: str, cohorts: list[str], settings: dict[str, Any]) -> Iterator[str]:

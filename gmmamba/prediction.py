@@ -16,10 +16,11 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from gmmamba.data import BagReader, DataError, LabelledBag, encoder_weights, load_bags
 from gmmamba.models import create_model
+from gmmamba.models.bag import MILModel
 from slidestore.atomic import replace_when_whole
 
 
@@ -37,7 +38,7 @@ def make_repeatable(seed: int, threads: int) -> None:
     torch.manual_seed(seed)
 
 
-def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(folder: Path) -> tuple[MILModel, dict[str, Any]]:
     """The trained model of a run's folder, on the CPU and in evaluation mode, and its model.json."""
     card = json.loads((folder / "model.json").read_text())
     experiment = card["experiment"]
@@ -48,7 +49,7 @@ def load_model(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.no_grad()
 def predict_bags(
-    model: nn.Module, slides: Sequence[LabelledBag], reader: BagReader
+    model: MILModel, slides: Sequence[LabelledBag], reader: BagReader
 ) -> tuple[Tensor, list[Tensor | None]]:
     """The logits (S, C) float32 on the CPU, and the attention (N,) of each slide, on the model's device."""
     model.eval()
@@ -77,8 +78,7 @@ def predict(
     encoder weights; StoreError for stores of another encoder.
     """
     model, card = load_model(model_dir)
-    if (card["fold"], card["seed"]) != (fold, seed):
-        raise DataError(f"{model_dir} holds fold {card['fold']}, seed {card['seed']}, not fold {fold}, seed {seed}")
+    check_run(card, fold, seed, model_dir)
     classes, encoder = card["classes"], card["encoder"]
     make_repeatable(seed, threads)
     device = choose_device()
@@ -102,6 +102,12 @@ def predict(
         np.savez_compressed(file, **maps)  # type: ignore[arg-type]
     with replace_when_whole(predictions) as unfinished:
         table.to_csv(unfinished, index=False)
+
+
+def check_run(card: Mapping[str, Any], fold: int, seed: int, model_dir: Path) -> None:
+    """Raise DataError unless the model is that of this fold and seed."""
+    if (card["fold"], card["seed"]) != (fold, seed):
+        raise DataError(f"{model_dir} holds fold {card['fold']}, seed {card['seed']}, not fold {fold}, seed {seed}")
 
 
 def check_belongs(card: Mapping[str, Any], bags: Sequence[LabelledBag], model_dir: Path) -> None:

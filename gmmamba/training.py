@@ -1,8 +1,8 @@
-"""train: one experiment on one fold with one seed (protocol: GMMAMBA.md, section 7).
+"""train: one experiment on one fold with one seed.
 
-Reads splits.csv, stores and groups. Writes into the run's folder: history.csv (`epoch, train_loss, val_loss`, a
-val_<metric> each, `val_score`), model.safetensors (the weights of the kept epoch) and, last, model.json (the
-experiment, what the model expects, which epoch was kept and why).
+Reads splits.csv, stores and groups, and for the second of two stages the folder of the first. Writes into the run's
+folder: history.csv (`epoch, train_loss, val_loss`, a val_<metric> each, `val_score`, which selects), model.safetensors
+(the weights of the kept epoch) and, last, model.json (the experiment, what the model expects, which epoch was kept).
 
 Repeatable: the same inputs give the same bits on the same device. The initial weights depend on the seed alone, the
 order of the slides on seed and fold.
@@ -11,9 +11,8 @@ order of the slides on seed and fold.
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,66 +24,20 @@ from tqdm import tqdm
 
 from gmmamba import __version__
 from gmmamba.data import BagReader, LabelledBag, encoder_weights, load_bags
-from gmmamba.metrics import classification_metrics, selection_score
-from gmmamba.models import create_model
+from gmmamba.metrics import classification_metrics
+from gmmamba.models import create_model, has_first_stage
 from gmmamba.models.bag import MILModel
-from gmmamba.prediction import choose_device, make_repeatable, predict_bags
+from gmmamba.prediction import (
+    check_belongs,
+    check_run,
+    choose_device,
+    load_model,
+    make_repeatable,
+    predict_bags,
+)
+from gmmamba.protocol import BestEpoch, TrainingSettings, clip_gradients, make_optimizer
 from slidestore.atomic import replace_when_whole
 from slidestore.settings import from_dict
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """AdamW at a constant rate, one slide a step.
-
-    select_after  the first epochs whose weights are never kept
-    patience      epochs without a better validation score after which training stops,
-    min_epochs    though not before this many are done and one more
-    precision     bf16: matrix products of training in bfloat16; validation and prediction are always fp32
-    """
-
-    epochs: int = 100
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-5
-    select_after: int = 5
-    patience: int = 20
-    min_epochs: int = 50
-    precision: Literal["fp32", "bf16"] = "fp32"
-
-    def __post_init__(self) -> None:
-        if self.epochs <= self.select_after:
-            raise ValueError(
-                f"training.epochs {self.epochs} must be above training.select_after {self.select_after}: no epoch "
-                f"could be kept; raise epochs"
-            )
-
-
-class BestEpoch:
-    """Which epoch is kept, and when to stop. Epochs count from 1.
-
-    epoch, score, loss: the kept one's; epoch is 0 before any was eligible. first: the earliest of that score, from
-    which patience counts.
-    """
-
-    def __init__(self, select_after: int, patience: int, min_epochs: int) -> None:
-        self.select_after, self.patience, self.min_epochs = select_after, patience, min_epochs
-        self.epoch, self.score, self.loss, self.first = 0, -np.inf, np.inf, 0
-
-    def update(self, epoch: int, score: float, loss: float) -> bool:
-        """Take in the validation score and loss of `epoch`; True where it is the best so far.
-
-        Of equal scores, the usual case where few slides validate, the one of lower loss is better.
-        """
-        if epoch <= self.select_after or (score, -loss) <= (self.score, -self.loss):
-            return False
-        if score > self.score:
-            self.first = epoch
-        self.epoch, self.score, self.loss = epoch, score, loss
-        return True
-
-    def should_stop(self, epoch: int) -> bool:
-        """Whether training ends after `epoch`."""
-        return epoch > self.min_epochs and epoch - max(self.first, self.select_after) >= self.patience
 
 
 def train(
@@ -97,13 +50,17 @@ def train(
     output_dir: Path,
     threads: int,
     cache_mb: int = 2000,
+    stage: int = 2,
+    first_stage: Path | None = None,
 ) -> None:
     """Train `experiment` (name, method, model, grouping, training, encoder, classes) and write the run's folder.
 
-    slide_tables, groups: cohort -> file. Up to `cache_mb` MB of features stay in memory between epochs. Raises
-    ValueError for impossible settings, DataError and StoreError for
-    inputs that do not belong together, FloatingPointError when the loss stops being finite.
+    slide_tables, groups: cohort -> file. Up to `cache_mb` MB of features stay in memory between epochs. A method of two
+    stages (models.TWO_STAGES) is trained with stage 1 first, then with the folder that this wrote as `first_stage`.
+    Raises ValueError for impossible settings and a first stage that is missing or not asked for, DataError and
+    StoreError for inputs that do not belong together, FloatingPointError when the loss stops being finite.
     """
+    experiment = of_stage(experiment, stage, first_stage)
     settings = from_dict(TrainingSettings, experiment["training"], f"experiment {experiment['name']}, training")
     make_repeatable(seed, threads)
     device = choose_device()
@@ -115,6 +72,8 @@ def train(
 
     model = create_model(experiment["method"], in_dim, len(classes), **experiment["model"]).to(device)
     reader = BagReader(device, budget=cache_mb * 1_000_000)
+    if first_stage is not None:
+        start_from(first_stage, fold, seed, model, training, reader)
     history, best, kept = fit(model, training, validation, settings, np.random.default_rng([seed, fold]), reader)
 
     with replace_when_whole(output_dir / "history.csv") as part:
@@ -122,7 +81,7 @@ def train(
     with replace_when_whole(output_dir / "model.safetensors") as part:
         save_file(kept, part)
     card = {
-        "experiment": dict(experiment),
+        "experiment": experiment,
         "fold": fold,
         "seed": seed,
         "in_dim": in_dim,
@@ -140,6 +99,34 @@ def train(
         part.write_text(json.dumps(card, indent=2) + "\n")
 
 
+def of_stage(experiment: Mapping[str, Any], stage: int, first_stage: Path | None) -> dict[str, Any]:
+    """The experiment as its stage is trained; ValueError unless it has such a stage, and the first where it starts from
+    one."""
+    name, method, model = experiment["name"], experiment["method"], experiment["model"]
+    two = has_first_stage(method, model)
+    if stage == 1 and not two:
+        raise ValueError(f"experiment {name}: {method} has no first stage, train it without --stage 1")
+    if two and (stage == 2) != (first_stage is not None):
+        raise ValueError(
+            f"experiment {name}: {method} trains in two stages: the first with --stage 1, without --first-stage, the "
+            f"second with its folder as --first-stage"
+        )
+    if first_stage is not None and not two:
+        raise ValueError(f"experiment {name}: {method} starts from no first stage, leave out --first-stage")
+    return {**experiment, "model": {**model, "stage": 1}} if stage == 1 else dict(experiment)
+
+
+def start_from(
+    folder: Path, fold: int, seed: int, model: MILModel, training: list[LabelledBag], reader: BagReader
+) -> None:
+    """Hand the first stage in `folder`, and the training bags, to the model of the second."""
+    first, card = load_model(folder)
+    check_run(card, fold, seed, folder)
+    check_belongs(card, training, folder)
+    with torch.no_grad():
+        model.start_from(first.to(reader.device), lambda: (bag for _, bag in reader.stream(training)))
+
+
 def fit(
     model: MILModel,
     training: list[LabelledBag],
@@ -149,17 +136,15 @@ def fit(
     reader: BagReader,
 ) -> tuple[pd.DataFrame, BestEpoch, dict[str, Tensor]]:
     """Train `model` in place; returns the history, the kept epoch and its weights (on the CPU)."""
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, settings)
     best = BestEpoch(settings.select_after, settings.patience, settings.min_epochs)
     kept: dict[str, Tensor] = {}
     true = np.array([item.label for item in validation])
     rows: list[dict[str, float]] = []
     progress = tqdm(range(1, settings.epochs + 1), desc="epochs", disable=None)  # None: quiet without a terminal
     for epoch in progress:
-        shuffled = [training[i] for i in rng.permutation(len(training))]
-        train_loss = train_epoch(model, shuffled, optimizer, settings, reader, epoch)
+        slides = [training[i] for i in draw_slides(training, settings, rng)]
+        train_loss = train_epoch(model, slides, optimizer, settings, reader, epoch)
         if not np.isfinite(train_loss):
             raise FloatingPointError(
                 f"the training loss is {train_loss} in epoch {epoch}: lower training.learning_rate "
@@ -168,7 +153,7 @@ def fit(
         logits, _ = predict_bags(model, validation, reader)
         val_loss = cross_entropy(logits, torch.from_numpy(true)).item()
         metrics = classification_metrics(true, logits.double().softmax(dim=1).numpy())
-        score = selection_score(metrics, logits.shape[1])
+        score = settings.score(epoch, metrics, val_loss, logits.shape[1])
         rows.append(
             {"epoch": epoch, "train_loss": train_loss, "val_loss": val_loss}
             | {f"val_{name}": value for name, value in metrics.items()}
@@ -182,6 +167,15 @@ def fit(
     return pd.DataFrame(rows), best, kept
 
 
+def draw_slides(training: Sequence[LabelledBag], settings: TrainingSettings, rng: np.random.Generator) -> np.ndarray:
+    """Indices of the slides of an epoch in their order: each once, or balanced (see TrainingSettings)."""
+    if not settings.balanced:
+        return rng.permutation(len(training))
+    labels = np.array([item.label for item in training])
+    weights = 1 / np.bincount(labels)[labels]
+    return rng.choice(len(training), len(training), p=weights / weights.sum())
+
+
 def train_epoch(
     model: MILModel,
     slides: Sequence[LabelledBag],
@@ -190,17 +184,23 @@ def train_epoch(
     reader: BagReader,
     epoch: int,
 ) -> float:
-    """One pass over the slides in their order, a step each; returns the mean loss. Epochs count from 1."""
+    """One pass over the slides in their order; returns the mean loss. Epochs count from 1."""
     model.train()
     total = torch.zeros((), device=reader.device)  # stays on the device: reading a loss a step would stall a GPU
     for step, (slide, bag) in enumerate(reader.stream(slides)):
         progress = (epoch - 1 + step / len(slides)) / settings.epochs
         with _autocast(settings, reader.device):
             loss = model.training_loss(bag, torch.tensor([slide.label], device=reader.device), progress)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        model.after_step(progress)
+        if step % settings.accumulation == 0:
+            optimizer.zero_grad(set_to_none=True)
+        (loss / settings.accumulation).backward()
+        if (step + 1) % settings.accumulation == 0 or step + 1 == len(slides):
+            if settings.clip_norm is not None:
+                clip_gradients(model, settings.clip_norm)
+            for group in optimizer.param_groups:
+                group["lr"] = settings.rate_at(epoch, progress)
+            optimizer.step()
+            model.after_step(progress)
         total += loss.detach()
     return total.item() / len(slides)
 

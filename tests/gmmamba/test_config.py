@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from gmmamba.config import ConfigError, Experiment, load_config
+from gmmamba.config import ConfigError, Experiment, load_config, schema_problems
 from gmmamba.models import MODELS, create_model
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.css import VARIANTS
@@ -117,6 +117,14 @@ def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
         (("training", "epochs"), 5, "must exceed training.select_after"),
         (("cohorts", "demo", "sheet"), "nowhere.csv", "nowhere.csv does not exist"),
         (("seeds",), [0, 0], "seeds"),
+        (("experiments", "mean", "protocol"), "offical", "experiments.mean.protocol: 'offical' is not one of"),
+        (("experiments", "mean", "protocol"), "official", "no official one is known for mean, only for gmmamba, abmil"),
+        (("experiments", "abmil", "overrides"), {"groups": 5}, "abmil has groups only with css: true"),
+        (("experiments", "abmil", "overrides"), {"css": True, "width": 20}, "width must be a multiple of 8, not 20"),
+        (("experiments", "mean", "overrides"), {"css": True}, "experiments.mean.overrides: unknown key 'css'"),
+        (("experiments", "a.unified"), {"model": "abmil", "dataset": "demo"}, "those of the tables' experiments"),
+        (("tables", "datasets"), {"ablation": ["demmo"]}, "tables.datasets.ablation: 'demmo' is not in `datasets`"),
+        (("tables", "datasets"), {"ablatoin": ["demo"]}, "did you mean 'ablation'?"),
     ],
 )
 def test_each_mistake_is_named(config: dict[str, Any], path: tuple[str, ...], value: Any, message: str) -> None:
@@ -345,6 +353,41 @@ def test_an_experiment_on_several_datasets(config: dict[str, Any]) -> None:
     assert ("again", "abmil") not in experiments
     config["experiments"]["mean"]["dataset"] = ["demo", "agian"]
     assert "experiments.mean.dataset: 'agian' is not in `datasets`, did you mean 'again'?" in problems(config)
+
+
+def test_the_official_protocol_takes_the_methods_own_training(config: dict[str, Any]) -> None:
+    config["training"] = {"learning_rate": 0.5, "epochs": 7}
+    config["experiments"]["own"] = {"model": "abmil", "dataset": "demo", "protocol": "official"}
+    config["experiments"]["shorter"] = config["experiments"]["own"] | {"training": {"epochs": 2}}
+    experiments = load_config(config).experiments
+    assert experiments["demo", "abmil"].training == dataclasses.asdict(
+        TrainingSettings(epochs=7, learning_rate=0.5)
+    ) | {"betas": [0.9, 0.999]}
+    own = experiments["demo", "own"].training
+    assert (own["optimizer"], own["learning_rate"], own["epochs"], own["selection"]) == ("adam", 5e-4, 20, "last")
+    assert experiments["demo", "shorter"].training == own | {"epochs": 2}
+
+
+def test_every_official_protocol_can_be_used() -> None:
+    official = yaml.safe_load((ROOT / "config" / "models.yaml").read_text())["official"]
+    for settings in official.values():
+        assert not list(schema_problems(settings, SCHEMA["$defs"]["training"], SCHEMA))
+        TrainingSettings(**settings)
+    assert set(official) >= set(MODELS) - {"mean", "max"}
+
+
+def test_css_as_a_plug_in_comes_with_its_groups(config: dict[str, Any]) -> None:
+    config["experiments"]["plugged"] = {"model": "abmil", "dataset": "demo", "overrides": {"css": True, "groups": 5}}
+    experiments = load_config(config).experiments
+    plugged, alone = experiments["demo", "plugged"], experiments["demo", "abmil"]
+    assert (plugged.grouping, alone.grouping) == ("location-5", None)
+    assert plugged.model == alone.model | {"css": True}
+
+
+def test_a_dataset_may_have_seeds_of_its_own(config: dict[str, Any]) -> None:
+    config["datasets"]["again"] = config["datasets"]["demo"] | {"seeds": [3, 4]}
+    datasets = load_config(config).datasets
+    assert (datasets["demo"].seeds, datasets["again"].seeds) == ([0], [3, 4])
 
 
 NAMED = list(named_models())

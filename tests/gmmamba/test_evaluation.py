@@ -3,7 +3,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from sklearn.metrics import roc_auc_score
 
+from gmmamba.comparison import weighted_auroc
 from gmmamba.evaluation import evaluate
 from gmmamba.metrics import METRICS, classification_metrics, selection_score
 
@@ -69,3 +71,14 @@ def test_evaluate_writes_a_row_a_run_then_mean_and_sd(tmp_path: Path) -> None:
     assert list(table["n"][:2]) == [3, 3]
     assert list(table["accuracy"]) == pytest.approx([1, 2 / 3, 5 / 6, np.std([1, 2 / 3], ddof=1)])
     assert list(table["auroc"]) == pytest.approx([1, 1, 1, 0])
+
+
+def test_weighted_auroc_counts_a_slide_as_often_as_it_was_drawn() -> None:
+    rng = np.random.default_rng(0)
+    positive, scores = rng.random(30) < 0.4, rng.integers(8, size=30) / 8  # with ties
+    weights = rng.integers(3, size=(20, 30)).astype(float)
+    weights[0, positive] = 0
+    drawn = [np.repeat(np.arange(30), row.astype(int)) for row in weights]
+    expected = [roc_auc_score(positive[d], scores[d]) if 0 < positive[d].sum() < len(d) else np.nan for d in drawn]
+    np.testing.assert_allclose(weighted_auroc(positive, scores, weights), expected)
+    assert np.isnan(expected[0])

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gmmamba import models
 from gmmamba.data import BagReader, DataError, LabelledBag, load_bags
 from gmmamba.metrics import METRICS
 from gmmamba.prediction import predict
@@ -197,3 +199,33 @@ def test_foreign_files_are_refused(dataset: dict[str, Any], tmp_path: Path) -> N
     splits.to_csv(tmp_path / "all.csv", index=False)
     with pytest.raises(DataError, match=rf"slide {slide_id}: the coordinates in .*location-4.npz are not those"):
         load_bags(tmp_path / "all.csv", 0, "test", other_tables, dataset["groups"], ENCODER, CLASSES)
+
+
+def test_two_stages(dataset: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts from what the first kept, and prediction needs the second alone."""
+    monkeypatch.setitem(models.MODELS, "twice", "tests.gmmamba.two_stages:TwoStages")
+    monkeypatch.setattr(models, "TWO_STAGES", frozenset({"twice"}))
+
+    def stage(number: int, output: Path, first: Path | None = None, **kw: Any) -> Path:
+        train(experiment("twice"), kw.get("fold", 0), 0, dataset["splits"], dataset["slide_tables"], None, output,
+              threads=1, stage=number, first_stage=first)  # fmt: skip
+        return output
+
+    with pytest.raises(ValueError, match=r"twice trains in two stages: the first with --stage 1"):
+        stage(2, tmp_path / "alone")
+    first = stage(1, tmp_path / "first")
+    assert json.loads((first / "model.json").read_text())["experiment"]["model"] == {"stage": 1}
+    second = stage(2, tmp_path / "second", first)
+    weights = load_file(second / "model.safetensors")
+    assert torch.equal(weights["prior"], load_file(first / "model.safetensors")["classifier.weight"])
+    assert weights["bags"] == (pd.read_csv(dataset["splits"])["fold0"] == "train").sum()
+    shutil.rmtree(first)
+    assert len(predict_run(dataset, second, "twice"))
+
+    with pytest.raises(DataError, match="first holds fold 0, seed 0, not fold 1"):
+        stage(2, tmp_path / "wrong", stage(1, tmp_path / "first"), fold=1)
+    with pytest.raises(ValueError, match="abmil has no first stage"):
+        train(experiment("abmil"), 0, 0, dataset["splits"], dataset["slide_tables"], None, tmp_path, 1, stage=1)
+    with pytest.raises(ValueError, match="abmil starts from no first stage"):
+        train(experiment("abmil"), 0, 0, dataset["splits"], dataset["slide_tables"], None, tmp_path, 1,
+              first_stage=first)  # fmt: skip

@@ -67,15 +67,15 @@ def snakemake(project: Path, *options: str, code: Path = ROOT) -> subprocess.Com
     return subprocess.run([*command, *options], capture_output=True, text=True)
 
 
-def plan(project: Path, code: Path = ROOT) -> set[str]:
-    """What Snakemake would run: "rule wildcards" of every job but `all`."""
-    run = snakemake(project, "-n", code=code)
+def plan(project: Path, code: Path = ROOT, *targets: str) -> set[str]:
+    """What Snakemake would run: "rule wildcards" of every job but `all` and other targets."""
+    run = snakemake(project, "-n", *targets, code=code)
     assert run.returncode == 0, run.stdout + run.stderr
     jobs = set()
     for block in re.split(r"\n(?=(?:local)?rule )", run.stdout + run.stderr):
         head = re.match(r"(?:local)?rule (\w+):", block)
         wildcards = re.search(r"\n    wildcards: (.*)", block)
-        if head and head[1] != "all":
+        if head and head[1] not in ("all", *targets):
             jobs.add(f"{head[1]} {wildcards[1] if wildcards else ''}".strip())
     return jobs
 
@@ -373,6 +373,51 @@ def test_a_comment_runs_nothing(project: Path, code: Path) -> None:
     for path in code.rglob("*.py"):
         path.write_text(path.read_text() + "\n\n# a remark\n")
     assert plan(project, code) == set()
+
+
+def test_a_table_brings_its_runs_and_no_others(project: Path) -> None:
+    rows = [f"{name}.unified" for name in ("with-bmp", "with-lg-bmp", "without-masking", "with-imm", "with-css",
+                                           "published")]  # fmt: skip
+    expected = (after_training(*rows) - {"report dataset=d"}) | group("a", groups=10)
+    expected.add("write_table dataset=d, table=ablation")
+    assert plan(project, ROOT, "table_ablation") == expected
+    run = snakemake(project, "table_ablation", "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    table = pd.read_csv(project / "results/d/tables/ablation.csv")
+    assert list(table.experiment) == rows
+    assert (table.runs == FOLDS).all()
+    assert "| GMMamba | ✓ | ✓ | ✓ |" in (project / "results/d/tables/ablation.md").read_text()
+    assert r"\toprule" in (project / "results/d/tables/ablation.tex").read_text()
+    assert plan(project) == set()  # nothing else has changed, and nothing else wants them
+    edit(project, lambda c: c.update(tables={"protocol": "official"}))
+    assert plan(project) == set()
+    assert runs("train", "published.official") <= plan(project, ROOT, "table_ablation")
+
+
+def test_css_as_a_plug_in_brings_its_groups(project: Path) -> None:
+    edit(project, lambda c: c["experiments"].update(
+        plugged={"model": "abmil", "dataset": "d", "overrides": {"css": True, "groups": 5}}))  # fmt: skip
+    assert plan(project) == group("a", "b", groups=5) | after_training("plugged")
+    run = snakemake(project, "--show-failed-logs", "results/d/plugged/metrics.csv")
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(project: Path) -> None:
+    edit(project, lambda c: c["experiments"].update(twice={"model": "ibmil", "dataset": "d"}))
+    assert plan(project) == runs("train_first_stage", "twice") | after_training("twice")  # no other gets one
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert plan(project) == set()
+
+    # Killed between the stages, or in the second: the first is done.
+    folder = project / "results/d/twice/fold1_seed0"
+    for file in (*folder.glob("*.*"), folder.parent / "metrics.csv", project / "results/d/report.html"):
+        file.unlink()
+    assert (folder / "first_stage/model.safetensors").is_file()
+    expected = {f"{rule} dataset=d, experiment=twice, fold=1, seed=0" for rule in ("train", "predict")}
+    assert plan(project) == expected | {"evaluate dataset=d, experiment=twice", "report dataset=d"}
+    edit(project, lambda c: c["experiments"]["twice"].update(overrides={"stage": 1}))
+    assert plan(project) == after_training("twice")  # the first stage alone is a method of one
 
 
 STAGES = {  # module -> what its change makes run

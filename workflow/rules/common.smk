@@ -15,7 +15,8 @@ sys.path.insert(0, workflow.basedir)
 
 from gmmamba.config import ConfigError, load_config
 from gmmamba.fingerprint import code_digest, file_digest
-from gmmamba.models import MODELS
+from gmmamba.models import has_first_stage, model_modules
+from gmmamba.table_rows import experiment_name
 from slidestore.settings import own_function
 from slidestore.warm_start import OWNER
 
@@ -23,6 +24,9 @@ try:
     CONFIG = load_config(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 except ConfigError as error:
     raise WorkflowError(str(error))
+
+
+TABLE_EXPERIMENTS = CONFIG.table_experiments()  # their rows, by name
 
 
 def environment():
@@ -69,10 +73,11 @@ TILED = [cohort for cohort in CONFIG.cohorts if cohort not in IMPORTED]
 wildcard_constraints:
     cohort=one_of(CONFIG.cohorts),
     encoder=one_of(CONFIG.encoder_names()),
-    grouping=one_of(CONFIG.groupings()),
+    grouping=r"(location|random|sequential)-\d+",
     groups=r"\d+",
     dataset=one_of(CONFIG.datasets),
-    experiment=one_of({experiment for _, experiment in CONFIG.experiments}),
+    experiment=one_of({experiment for _, experiment in CONFIG.experiments} | set(TABLE_EXPERIMENTS)),
+    table=one_of(CONFIG.tables),
     slide=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     fold=r"\d+",
     seed=r"\d+",

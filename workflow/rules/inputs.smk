@@ -153,10 +153,15 @@ def split_settings(wildcards):
 
 
 def experiment_of(wildcards):
-    key = (wildcards.dataset, wildcards.experiment)
-    if key not in CONFIG.experiments:
-        raise WorkflowError(f"config has no experiment {wildcards.experiment} on dataset {wildcards.dataset}")
-    return CONFIG.experiments[key]
+    dataset, name = wildcards.dataset, wildcards.experiment
+    if name in TABLE_EXPERIMENTS:
+        try:
+            return CONFIG.table_experiment(dataset, TABLE_EXPERIMENTS[name])
+        except ConfigError as error:
+            raise WorkflowError(str(error))
+    if (dataset, name) not in CONFIG.experiments:
+        raise WorkflowError(f"config has no experiment {name} on dataset {dataset}")
+    return CONFIG.experiments[dataset, name]
 
 
 def experiment_settings(wildcards):
@@ -181,17 +186,28 @@ def group_options(wildcards):
     return [f"--groups={cohort}={file}" for cohort, file in zip(cohorts, experiment_groups(wildcards))]
 
 
-def model_file(wildcards):
-    return MODELS[experiment_of(wildcards).method].partition(":")[0]
-
-
 def model_code(wildcards):
     """Digest of training and of the experiment's own model: another method's code does not count."""
-    return code_digest("gmmamba.training", model_file(wildcards))
+    experiment = experiment_of(wildcards)
+    return code_digest("gmmamba.training", *model_modules(experiment.method, experiment.model))
 
 
 def prediction_code(wildcards):
-    return code_digest("gmmamba.prediction", model_file(wildcards))
+    experiment = experiment_of(wildcards)
+    return code_digest("gmmamba.prediction", *model_modules(experiment.method, experiment.model))
+
+
+def first_stage(wildcards):
+    """What training starts from: nothing, unless the method has two stages."""
+    experiment = experiment_of(wildcards)
+    if not has_first_stage(experiment.method, experiment.model):
+        return []
+    folder = "results/{dataset}/{experiment}/fold{fold}_seed{seed}/first_stage"
+    return [f"{folder}/{file}" for file in ("model.safetensors", "model.json", "history.csv")]
+
+
+def first_stage_option(wildcards, input):
+    return f"--first-stage {Path(input.first_stage[0]).parent}" if input.first_stage else ""
 
 
 def output_folder(wildcards, output):
@@ -206,7 +222,7 @@ def runs(dataset, experiment, file):
     return expand(
         f"results/{dataset}/{experiment}/fold{{fold}}_seed{{seed}}/{file}",
         fold=CONFIG.datasets[dataset].folds,
-        seed=CONFIG.seeds,
+        seed=CONFIG.datasets[dataset].seeds,
     )
 
 
@@ -254,7 +270,7 @@ def report_settings(wildcards):
             "dataset": dataset.name,
             "experiments": [e.as_dict() for e in dataset_experiments(wildcards)],
             "folds": dataset.folds,
-            "seeds": CONFIG.seeds,
+            "seeds": dataset.seeds,
             "classes": dataset.classes,
             "encoder": report_encoder(dataset),
             "settings": CONFIG.report,
@@ -264,4 +280,40 @@ def report_settings(wildcards):
             },
         },
         sort_keys=True,
+    )
+
+
+# Tables ----------------------------------------------------------------------------------------------------------
+
+
+def table_runs(wildcards):
+    """The metrics of each row, and the predictions that they are from."""
+    rows = [experiment_name(row, CONFIG.table_protocol) for row in CONFIG.tables[wildcards.table].rows]
+    return [file for name in rows for file in (
+        f"results/{wildcards.dataset}/{name}/metrics.csv", *runs(wildcards.dataset, name, "predictions.csv")
+    )]  # fmt: skip
+
+
+def table_settings(wildcards):
+    from dataclasses import asdict
+
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return json.dumps(
+        {
+            "table": asdict(CONFIG.tables[wildcards.table]),
+            "protocol": CONFIG.table_protocol,
+            "dataset": dataset.name,
+            "classes": dataset.classes,
+            "folds": dataset.folds,
+            "seeds": dataset.seeds,
+        }
+    )  # rows in their order: keys are not sorted
+
+
+def table_files(table):
+    return expand(
+        "results/{dataset}/tables/{table}.{form}",
+        dataset=CONFIG.table_datasets[table],
+        table=table,
+        form=["csv", "md", "tex"],
     )
