@@ -130,6 +130,11 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("summary", summary, "print the result table and the accounting of a finished dataset")
     sub.add_argument("folder", type=Path)
 
+    sub = command("view", view, "look at the slides of a finished dataset in a browser, with attention, groups and tissue")
+    sub.add_argument("folder", type=Path, help="results of a dataset, such as results/demo")
+    sub.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets the whole network look")
+    sub.add_argument("--port", type=int, default=8765, help="0 takes any that is free")
+
     sub = command("verify", verify, "replay reference cases and compare every quantity")
     sub.add_argument("folder", type=Path)
     sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
@@ -159,9 +164,13 @@ def user_errors() -> tuple[type[Exception], ...]:
     from gmmamba.config import ConfigError
     from gmmamba.label_tables import SheetError
     from gmmamba.splits import SplitError
+    from gmmamba.view import ViewError
     from slidestore import StoreError
 
-    return (ConfigError, SheetError, SplitError, StoreError, TooManyFailedError, FileNotFoundError, FloatingPointError)
+    return (
+        ConfigError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError, FileNotFoundError,
+        FloatingPointError,
+    )  # fmt: skip
 
 
 def label_class(text: str) -> tuple[str, str]:
@@ -327,6 +336,12 @@ def summary(options: argparse.Namespace) -> None:
     from gmmamba.report import summary as run
 
     run(options.folder)
+
+
+def view(options: argparse.Namespace) -> None:
+    from gmmamba.view.server import view as run
+
+    run(options.folder, options.host, options.port)
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -19,6 +19,8 @@ from sklearn.metrics import roc_curve
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 HEAT = mpl.colormaps["viridis"]
+_BRIGHT = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
+GROUP_COLOURS = np.rint(np.concatenate([_BRIGHT, _BRIGHT / 2])).astype(np.uint8)  # (14, 3) RGB, in turn
 GRID = np.linspace(0, 1, 201)  # false positive rates at which ROC curves are averaged
 PANEL_PX = 560  # width of a slide's picture; shown at about half, so that it is sharp when printed
 
@@ -128,9 +130,7 @@ class SlidePictures:
 
     def groups(self, labels: np.ndarray) -> Image.Image:
         """Each group (labels (N,) int) in a colour, its number at its centre."""
-        bright = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
-        palette = np.concatenate([bright, bright * 0.5])
-        image = self.paint(palette[labels % len(palette)], np.full(len(labels), 0.6))
+        image = self.paint(GROUP_COLOURS[labels % len(GROUP_COLOURS)].astype(float), np.full(len(labels), 0.6))
         draw = ImageDraw.Draw(image)
         font = ImageFont.load_default(size=22)
         for label in np.unique(labels):
