@@ -120,6 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--output", type=Path, required=True)
     sub.add_argument("--table", type=Path, required=True)
     sub.add_argument("--accounting", type=Path, required=True)
+    sub.add_argument("--manifest", type=Path, required=True, help="what the report was made of, for `view`")
 
     sub = command("table", table, "a table of the paper, of one dataset, in three forms", ["gmmamba.tables"])
     sub.add_argument("--settings", type=json.loads, required=True)
@@ -130,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub = command("summary", summary, "print the result table and the accounting of a finished dataset")
     sub.add_argument("folder", type=Path)
 
-    sub = command("view", view, "look at the slides of a finished dataset in a browser, with attention, groups and tissue")
+    sub = command("view", view, "look at the slides of a finished dataset in a browser, with attention and groups")
     sub.add_argument("folder", type=Path, help="results of a dataset, such as results/demo")
     sub.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets the whole network look")
     sub.add_argument("--port", type=int, default=8765, help="0 takes any that is free")
@@ -315,12 +316,13 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
+    from gmmamba.report import Outputs
     from gmmamba.report import report as run
 
     run(
-        **options.settings, slide_tables=dict(options.slide_table), groups=dict(options.groups),
-        splits=options.splits, results=options.results, output=options.output, table=options.table,
-        accounting=options.accounting,
+        **options.settings, slide_tables=dict(options.slide_table), groups=dict(options.groups), splits=options.splits,
+        results=options.results,
+        outputs=Outputs(options.output, options.table, options.accounting, options.manifest),
     )  # fmt: skip
 
 

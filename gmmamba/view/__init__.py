@@ -1,4 +1,4 @@
-"""The viewer: a page served on this machine on which the slides of a finished dataset can be looked at, with overlays."""
+"""The viewer: a page, served on this machine, of the slides of a finished dataset and what lies over them."""
 
 
 class ViewError(RuntimeError):

@@ -135,7 +135,7 @@ def read_outlines(slide: ListedSlide) -> list[list[list[list[float]]]]:
     if not slide.outlines.is_file():
         return []
     features = json.loads(slide.outlines.read_text(encoding="utf-8"))["features"]
-    polygons = []
+    polygons: list[Any] = []
     for geometry in (feature["geometry"] for feature in features):
         many = geometry["type"] == "MultiPolygon"
         polygons += geometry["coordinates"] if many else [geometry["coordinates"]]

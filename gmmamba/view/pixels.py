@@ -30,6 +30,7 @@ def open_pixels(path: Path) -> DeepZoomGenerator:
             raise UnreadableSlideError(f"{path} is a folder without .dcm files")
         path = files[0]
     try:
+        handle: openslide.AbstractSlide
         if openslide.OpenSlide.detect_format(path) or is_tiled(path):
             handle = openslide.OpenSlide(path)
         else:

@@ -120,10 +120,10 @@ class Viewer:
                     groups.append({"grouping": grouping, "centres": layers.group_centres(patches, labels)})
         levels = self.open_slides.get(slide.path).level_count if slide.path else 0
         return as_json({
-            "slide_id": slide_id, "width": width, "height": height, "tile_px": TILE_PX, "overlap_px": OVERLAP_PX,
-            "max_level": levels - 1, "mpp": patches.mpp if patches else None, "n_patches": len(patches.coords) if patches else 0,
-            "attention": attention, "groups": groups, "outlines": layers.read_outlines(slide),
-            "foci": layers.read_foci(slide),
+            "slide_id": slide_id, "width": width, "height": height, "mpp": patches.mpp if patches else None,
+            "tile_px": TILE_PX, "overlap_px": OVERLAP_PX, "max_level": levels - 1,
+            "n_patches": len(patches.coords) if patches else 0, "attention": attention, "groups": groups,
+            "outlines": layers.read_outlines(slide), "foci": layers.read_foci(slide),
         })  # fmt: skip
 
     def tile(self, slide_id: str, level: str, column: str, row: str) -> tuple[bytes, str]:
@@ -176,7 +176,7 @@ def make_server(viewer: Viewer, host: str = "127.0.0.1", port: int = 0) -> Serve
         protocol_version = "HTTP/1.1"
         timeout = 60  # seconds that an idle connection may hold a thread
 
-        def do_GET(self) -> None:  # noqa: N802  # http.server's name
+        def do_GET(self) -> None:  # http.server's name
             if local_only and not addressed_here(self.headers.get("Host", "")):
                 self.reply(HTTPStatus.FORBIDDEN, b"this viewer answers only requests addressed to localhost")
                 return

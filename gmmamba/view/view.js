@@ -18,7 +18,7 @@ const slideUrl = (id) => `slides/${encodeURIComponent(id)}`;
 
 const viewer = OpenSeadragon({
   element: $("viewer"), drawer: "canvas", showNavigationControl: false, showNavigator: true,
-  navigatorPosition: "BOTTOM_RIGHT", navigatorSizeRatio: 0.16, navigatorBackground: "#fff", maxZoomPixelRatio: 4, visibilityRatio: 0.5, animationTime: 0.6,
+  navigatorPosition: "BOTTOM_RIGHT", navigatorAutoFade: false, navigatorSizeRatio: 0.16, navigatorBackground: "#fff", maxZoomPixelRatio: 4, visibilityRatio: 0.5, animationTime: 0.6,
   gestureSettingsMouse: { clickToZoom: false, dblClickToZoom: true },
 });
 
@@ -114,8 +114,8 @@ async function open(id) {
 }
 
 viewer.addHandler("open", () => {
-  viewer.forceResize(); // the overlays' controls may have taken another line
-  viewer.viewport.goHome(true);
+  viewer.forceResize(); // the overlays' controls may have taken another line; done in the next frame
+  requestAnimationFrame(() => requestAnimationFrame(() => viewer.viewport.goHome(true)));
   colour();
   outline();
   scaleBar();
@@ -172,9 +172,8 @@ function colour() {
   if (picture) viewer.world.removeItem(picture);
   picture = null;
   for (const number of document.querySelectorAll(".number")) viewer.removeOverlay(number);
-  $("scale").parentElement.hidden = kind !== "attention";
-  $("legend").replaceChildren();
-  if (kind === "attention") $("legend").append("little", make("span", { className: "heat" }), "much");
+  $("scale").disabled = kind !== "attention"; // shown all the same: the slide below stays where it is
+  $("legend").style.visibility = kind === "attention" ? "visible" : "hidden";
   if (!overlay) return;
   const asked = chosen.colour;
   viewer.addSimpleImage({
