@@ -75,6 +75,7 @@ class Dataset:
     encoder: str
     split: SplitSettings
     seeds: list[int]
+    evaluation: dict[str, Any]
 
     @property
     def folds(self) -> list[int]:
@@ -158,7 +159,10 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     for name, dataset in settings["datasets"].items():
         split = SplitSettings(**dataset["split"])
         seeds = dataset.get("seeds", settings["seeds"])
-        datasets[name] = Dataset(name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split, seeds)
+        datasets[name] = Dataset(
+            name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split, seeds,
+            settings["evaluation"] | dataset["evaluation"],
+        )  # fmt: skip
         members = [cohorts[c] for c in dataset["cohorts"]]
         problems += check_dataset(
             name, [(c.name, c.sheet, list(c.slides.values())) for c in members], dataset["classes"], split

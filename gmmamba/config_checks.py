@@ -114,6 +114,12 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"datasets.{name}.cohorts", cohort, "cohorts")
         yield from encoder_problems(f"datasets.{name}.encoder", dataset["encoder"], dataset["cohorts"], settings)
         yield from split_problems(f"datasets.{name}", dataset["cohorts"], dataset["split"])
+        threshold = (settings["evaluation"] | dataset["evaluation"])["threshold"]
+        if threshold != "argmax" and len(dataset["classes"]) > 2:
+            yield (
+                f"datasets.{name}: a threshold by {threshold} is for two classes, not {len(dataset['classes'])}: set "
+                f"datasets.{name}.evaluation: {{threshold: argmax}}"
+            )
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
         for dataset in datasets_of(experiment):

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from gmmamba.config import TABLES, Config, load_config
-from gmmamba.evaluation import evaluate
+from gmmamba.evaluation import Evaluation, evaluate
 from gmmamba.table_rows import Row, table_of
 from gmmamba.tables import write_table
 
@@ -83,7 +83,7 @@ def make_runs(folder: Path, quality: float, seeds: int = 2) -> None:
     for fold in range(2):
         for seed in range(seeds):
             rng = np.random.default_rng([fold, seed])
-            true = np.arange(10) % 2
+            true = np.arange(10) // 2 % 2
             p = 1 / (1 + np.exp(-(quality * (true - 0.5) + rng.normal(size=10))))
             path = folder / f"fold{fold}_seed{seed}" / "predictions.csv"
             path.parent.mkdir(parents=True)
@@ -93,7 +93,7 @@ def make_runs(folder: Path, quality: float, seeds: int = 2) -> None:
                 "predicted": [CLASSES[int(x > 0.5)] for x in p], "prob_normal": 1 - p, "prob_tumour": p,
             }).to_csv(path, index=False)  # fmt: skip
             predictions.append(path)
-    evaluate(predictions, CLASSES, folder / "metrics.csv")
+    evaluate(predictions, CLASSES, Evaluation(), folder / "metrics.csv", folder / "pooled.csv")
 
 
 def made(tmp_path: Path, table: dict[str, Any]) -> tuple[pd.DataFrame, str, str]:

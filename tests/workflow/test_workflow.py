@@ -128,7 +128,7 @@ def after_training(*experiments: str) -> set[str]:
         runs("train", *experiments)
         | runs("predict", *experiments)
         | {f"evaluate dataset=d, experiment={experiment}" for experiment in experiments}
-        | {"report dataset=d"}
+        | {"compare dataset=d", "report dataset=d"}
     )
 
 
@@ -343,6 +343,16 @@ def test_one_more_experiment(project: Path) -> None:
     assert plan(project) == after_training("more")
 
 
+def test_an_evaluation_setting(project: Path) -> None:
+    """A threshold chosen on the validation slides: no model is trained or asked again for it."""
+    edit(project, lambda c: c.update(evaluation={"threshold": "youden"}))
+    assert plan(project) == EVALUATE
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    metrics = pd.read_csv(project / "results/d/mean/metrics.csv")
+    assert metrics.threshold[0] != 0.5
+
+
 def test_report_setting(project: Path) -> None:
     edit(project, lambda c: c.update(report={"title": "Another title"}))
     assert plan(project) == {"report dataset=d"}
@@ -378,7 +388,7 @@ def test_a_comment_runs_nothing(project: Path, code: Path) -> None:
 def test_a_table_brings_its_runs_and_no_others(project: Path) -> None:
     rows = [f"{name}.unified" for name in ("with-bmp", "with-lg-bmp", "without-masking", "with-imm", "with-css",
                                            "published")]  # fmt: skip
-    expected = (after_training(*rows) - {"report dataset=d"}) | group("a", groups=10)
+    expected = (after_training(*rows) - {"compare dataset=d", "report dataset=d"}) | group("a", groups=10)
     expected.add("write_table dataset=d, table=ablation")
     assert plan(project, ROOT, "table_ablation") == expected
     run = snakemake(project, "table_ablation", "--show-failed-logs")
@@ -415,11 +425,14 @@ def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(project: Pa
         file.unlink()
     assert (folder / "first_stage/model.safetensors").is_file()
     expected = {f"{rule} dataset=d, experiment=twice, fold=1, seed=0" for rule in ("train", "predict")}
-    assert plan(project) == expected | {"evaluate dataset=d, experiment=twice", "report dataset=d"}
+    assert plan(project) == expected | {
+        "evaluate dataset=d, experiment=twice", "compare dataset=d", "report dataset=d"
+    }  # fmt: skip
     edit(project, lambda c: c["experiments"]["twice"].update(overrides={"stage": 1}))
     assert plan(project) == after_training("twice")  # the first stage alone is a method of one
 
 
+EVALUATE = {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"compare dataset=d", "report dataset=d"}
 STAGES = {  # module -> what its change makes run
     "preprocessing/tile.py": EVERYTHING,
     "preprocessing/contours.py": EVERYTHING,
@@ -430,7 +443,8 @@ STAGES = {  # module -> what its change makes run
     "gmmamba/splits.py": ACCOUNT | CONTACTS | SPLIT | after_training(*EXPERIMENTS),
     "gmmamba/training.py": after_training(*EXPERIMENTS),
     "gmmamba/models/css.py": after_training("gmmamba", "gmmamba2"),
-    "gmmamba/evaluation.py": {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"report dataset=d"},
+    "gmmamba/evaluation.py": EVALUATE,
+    "gmmamba/comparison.py": {"compare dataset=d", "report dataset=d"},
     "gmmamba/report.py": {"report dataset=d"},
     "gmmamba/verify/gmmamba.py": set(),
 }
