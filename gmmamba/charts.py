@@ -100,7 +100,7 @@ def calibration(true: np.ndarray, probabilities: np.ndarray) -> pd.DataFrame:
     rows = table.groupby("bin").agg(
         predicted=("predicted", "mean"), observed=("observed", "mean"), n=("observed", "size")
     )
-    intervals = [wilson(row.observed, row.n, NORMAL_95) for row in rows.itertuples()]
+    intervals = [wilson(share, n, NORMAL_95) for share, n in zip(rows["observed"], rows["n"], strict=True)]
     return rows.assign(low=[low for low, _ in intervals], high=[high for _, high in intervals]).reset_index()
 
 

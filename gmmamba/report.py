@@ -234,8 +234,9 @@ def cost_picture(costs: Path, scores: pd.DataFrame, slides: pd.DataFrame) -> dic
             rows.append({"label": row["experiment"], **by_model.loc[key, ["seconds", "flops"]]})
             reached[row["experiment"]] = row["auroc_mean"]
     if not rows:
+        methods = ", ".join(measured["model"].unique())
         raise ValueError(
-            f"report.costs: {costs} has the methods {', '.join(by_model.index)} and none of the experiments': "
+            f"report.costs: {costs} has the methods {methods} and none of the experiments': "
             "measure them with `python -m benchmarks.cost measure`, or leave report.costs out"
         )
     figure = charts.cost_figure(pd.DataFrame(rows), reached, "AUROC, mean over runs", size)

@@ -107,7 +107,6 @@ class Drawer:
             "slide_id": name,
             "label": slide["label"],
             "why": example.why,
-            "by": self.experiments[0]["name"],
             "fold": example.fold,
             "n_patches": len(store.coords),
             "pictures": pictures,
