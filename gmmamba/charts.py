@@ -111,8 +111,8 @@ def calibration_figure(bins: pd.DataFrame, what: str, colour: str) -> str:
         axes, below = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
         axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
         bars = np.abs(bins[["low", "high"]].to_numpy().T - bins["observed"].to_numpy())
-        axes.errorbar(bins["predicted"], bins["observed"], bars, fmt="o-", color=colour, markersize=5, linewidth=1.2,
-                      elinewidth=1, capsize=2)  # fmt: skip
+        axes.errorbar(bins["predicted"], bins["observed"], bars, fmt="o", color=colour, markersize=5, elinewidth=1,
+                      capsize=2)  # fmt: skip
         axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="observed share")
         below.bar((bins["bin"] + 0.5) / BINS, bins["n"], 0.9 / BINS, color="#999999")
         below.set(xlabel=what, ylabel="slides")
