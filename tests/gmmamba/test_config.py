@@ -228,7 +228,7 @@ def test_excluded_rows_are_kept_but_not_checked_for_files(tmp_path: Path) -> Non
 
 
 def test_mpp_comes_from_the_row_before_the_cohort(tmp_path: Path) -> None:
-    rows = [*(row + ",," for row in good_rows()), "S90,P90,normal,n.svs,0.25,", "S91,P91,normal,n.svs,,20"]
+    rows = [*(row + ",," for row in good_rows()), "S90,P90,normal,n.svs,0.25,", "S91,P91,normal,m.svs,,20"]
     config = good_config(write_sheet(tmp_path, rows, "slide_id,patient_id,label,path,mpp,magnification"))
     config["cohorts"]["demo"]["magnification"] = 40
     slides = load_config(config).cohorts["demo"].slides
