@@ -75,8 +75,8 @@ def draw(design: Design, positive: np.ndarray, apart: float, rng: np.random.Gene
 def weighted_aurocs(scores: np.ndarray, positive: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(B,): what gmmamba.scores.ranking_scores says for scores (n, slides) without ties and counts (B, n) of patients,
     faster, as all patients have as many slides."""
-    ours, others = scores[positive], scores[~positive]
-    ahead = (ours[:, :, None, None] > others).mean((1, 3))
+    ours, others, slides = scores[positive], scores[~positive], scores.shape[1]
+    ahead = sum((ours[:, [i]] > others[:, j]).astype(float) for i in range(slides) for j in range(slides)) / slides**2
     W, V = counts[:, positive], counts[:, ~positive]
     with np.errstate(invalid="ignore"):
         return np.asarray(((W @ ahead) * V).sum(1) / (W.sum(1) * V.sum(1)))

@@ -46,7 +46,7 @@ from gmmamba.report_tables import (
     shown_metrics,
     wrong_calls,
 )
-from gmmamba.splits import read_slide_tables
+from gmmamba.slide_tables import read_slide_tables
 from slidestore.atomic import replace_when_whole
 from slidestore.settings import from_dict
 

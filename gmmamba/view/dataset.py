@@ -11,7 +11,7 @@ from typing import Any
 
 from gmmamba.cohort import Slide, read_sheet
 from gmmamba.evaluation import read_predictions
-from gmmamba.splits import read_slide_tables
+from gmmamba.slide_tables import read_slide_tables
 
 
 @dataclass(frozen=True)

@@ -353,6 +353,34 @@ def test_an_evaluation_setting(project: Path) -> None:
     assert metrics.threshold[0] != 0.5
 
 
+def test_splits_edited_by_hand(project: Path) -> None:
+    """What the pipeline wrote, given back, trains nothing once it is known to be the same; an edit does."""
+    own, splits = project / "own splits.csv", project / "results/d/splits.csv"
+    shutil.copy(splits, own)
+    edit(project, lambda c: c["datasets"]["d"].update(split={"scheme": "file", "path": own.name}))
+    everything = SPLIT | after_training(*EXPERIMENTS)
+    assert plan(project) == everything
+    run = snakemake(project, "--show-failed-logs", "results/d/splits.csv")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert splits.read_text() == own.read_text()
+    assert plan(project) == {"report dataset=d"}  # which shows the scheme
+    table = pd.read_csv(own, index_col="slide_id")
+    table.loc[["s0", "s2", "s4", "s6", "s8"], "fold0"] = table.loc[["s2", "s4", "s6", "s8", "s0"], "fold0"].to_numpy()
+    table.to_csv(own)
+    assert plan(project) == everything
+
+
+def test_the_same_slide_under_two_names_is_refused(project: Path) -> None:
+    shutil.copy(project / "a" / FILES["s0"], project / "a/twin.tif")
+    with (project / "a/slides.csv").open("a") as sheet:
+        sheet.write("twin,a-twin,normal,twin.tif\n")
+    run = snakemake(project, "--show-failed-logs", "results/d/splits.csv")
+    assert run.returncode != 0
+    output = run.stdout + run.stderr
+    assert "  - s0 (cohort a, patient a-s0, normal); twin (cohort a, patient a-twin, normal)" in output
+    assert "Traceback" not in output
+
+
 def test_report_setting(project: Path) -> None:
     edit(project, lambda c: c.update(report={"title": "Another title"}))
     assert plan(project) == {"report dataset=d"}

@@ -152,6 +152,15 @@ def split_settings(wildcards):
     return json.dumps(asdict(CONFIG.datasets[wildcards.dataset].split), sort_keys=True)
 
 
+def split_file_digest(wildcards):
+    """What stands in the user's own file or files of a split: no input, as for slides (`version`)."""
+    path = CONFIG.datasets[wildcards.dataset].split.path
+    if path is None:
+        return ""
+    files = sorted(Path(path).glob("splits_*.csv")) if Path(path).is_dir() else [Path(path)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def experiment_of(wildcards):
     dataset, name = wildcards.dataset, wildcards.experiment
     if name in TABLE_EXPERIMENTS:
