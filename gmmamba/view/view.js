@@ -96,7 +96,8 @@ async function open(id) {
   const slide = dataset.slides.find((each) => each.slide_id === id);
   mark();
   $("title").textContent = `${id}: ${slide.label}`;
-  const calls = slide.tested.map((run) => `${run.experiment} P(${slide.label}) = ${run.probabilities[slide.label].toFixed(2)}`);
+  const tested = dataset.experiments.filter((experiment) => runsBy(slide, experiment).length);
+  const calls = tested.map((experiment) => `${experiment} P(${slide.label}) = ${(1 - wrongness(slide, experiment)).toFixed(2)}`);
   $("facts").textContent = [slide.reason, current.n_patches ? `${current.n_patches} patches` : "", ...calls].filter(Boolean).join(" · ");
   viewer.clearOverlays();
   viewer.world.removeAll();
