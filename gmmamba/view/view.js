@@ -13,6 +13,7 @@ let dataset; // dataset.json
 let shown = []; // its slides as listed now
 let current = null; // slides/ID.json of the open one
 let picture = null; // OpenSeadragon's item of the colours over it
+let wanted = null; // their URL
 const chosen = { colour: null, shapes: new Set(["foci"]) }; // kept from slide to slide
 const slideUrl = (id) => `slides/${encodeURIComponent(id)}`;
 
@@ -109,7 +110,7 @@ async function open(id) {
   listOverlays(slide);
   viewer.open({
     width: current.width, height: current.height, tileSize: current.tile_px, tileOverlap: current.overlap_px,
-    minLevel: 8, maxLevel: current.max_level, // below, the slide is a fraction of one tile
+    minLevel: Math.min(8, current.max_level), maxLevel: current.max_level, // below, it is a fraction of a tile
     getTileUrl: (level, x, y) => `${slideUrl(id)}_files/${level}/${x}_${y}.jpeg`,
   });
 }
@@ -170,17 +171,17 @@ function colour() {
   const [kind, name] = chosen.colour.split("/");
   const overlay = chosen.colour === "none" ? null
     : `${slideUrl(current.slide_id)}/${chosen.colour}${kind === "attention" ? `/${$("scale").value}` : ""}.png`;
+  wanted = overlay;
   if (picture) viewer.world.removeItem(picture);
   picture = null;
   for (const number of document.querySelectorAll(".number")) viewer.removeOverlay(number);
   $("scale").disabled = kind !== "attention"; // shown all the same: the slide below stays where it is
   $("legend").style.visibility = kind === "attention" ? "visible" : "hidden";
   if (!overlay) return;
-  const asked = chosen.colour;
   viewer.addSimpleImage({
     url: overlay, x: 0, y: 0, width: 1, opacity: $("opacity").value / 100,
     success: ({ item }) => {
-      if (asked !== chosen.colour || picture) viewer.world.removeItem(item); // another was chosen meanwhile
+      if (overlay !== wanted || picture) viewer.world.removeItem(item); // another was chosen meanwhile
       else picture = item;
     },
   });
