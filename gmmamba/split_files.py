@@ -24,8 +24,8 @@ PARTS = ("train", "val", "test")
 SHOWN = 5  # problems of a kind; the others are counted
 
 
-class SplitFileError(ValueError):
-    """A file of splits that cannot be used; the message names the file, the place and the remedy."""
+class SplitError(ValueError):
+    """Slides that cannot be split as asked; the message names the class, the slide or the file, and the remedy."""
 
 
 class Member(NamedTuple):
@@ -37,31 +37,29 @@ class Member(NamedTuple):
 
 def read_split_file(path: Path, scheme: str) -> pd.DataFrame:
     """The parts by slide_id, columns fold0, fold1, ..., every cell one of PARTS or "", and `patient_id` and `label`
-    where the file has them. scheme: file or clam. Raises SplitFileError."""
+    where the file has them. scheme: file or clam. Raises SplitError."""
     return read_clam(path) if scheme == "clam" else read_own(path)
 
 
 def read_own(path: Path) -> pd.DataFrame:
     """See `read_split_file`."""
     if not path.is_file():
-        raise SplitFileError(f"{path} does not exist")
+        raise SplitError(f"{path} does not exist")
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     folds = [name for name in table.columns if re.fullmatch(r"fold\d+", name)]
     wanted = [f"fold{i}" for i in range(len(folds))]
     if "slide_id" not in table or not folds or set(folds) != set(wanted):
-        raise SplitFileError(
+        raise SplitError(
             f"{path} must have the columns slide_id, fold0, fold1, ... without a gap; it has {', '.join(table.columns)}"
         )
     table = table.apply(lambda column: column.str.strip())
     for line, row in enumerate(table.to_dict("records"), start=2):
         for fold in wanted:
             if row[fold] not in ("", *PARTS):
-                raise SplitFileError(
-                    f"{path}, line {line}: {fold} is {row[fold]!r}, none of {', '.join(PARTS)} or empty"
-                )
+                raise SplitError(f"{path}, line {line}: {fold} is {row[fold]!r}, none of {', '.join(PARTS)} or empty")
     twice = table.loc[table["slide_id"].duplicated(), "slide_id"]
     for slide_id in twice:
-        raise SplitFileError(f"{path}: slide {slide_id} stands there twice: leave one line")
+        raise SplitError(f"{path}: slide {slide_id} stands there twice: leave one line")
     given = [name for name in ("patient_id", "label") if name in table]
     return table.set_index("slide_id")[[*wanted, *given]]
 
@@ -75,20 +73,20 @@ def read_clam(folder: Path) -> pd.DataFrame:
     }
     if not found or sorted(found) != list(range(len(found))):
         names = ", ".join(path.name for path in found.values()) or "none"
-        raise SplitFileError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
+        raise SplitError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
     folds = {}
     for fold, path in sorted(found.items()):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         for part in PARTS:
             if part not in table:
-                raise SplitFileError(f"{path} has no column {part!r}; CLAM's are train, val, test")
+                raise SplitError(f"{path} has no column {part!r}; CLAM's are train, val, test")
         parts: dict[str, str] = {}
         for part in PARTS:
             for cell in filter(None, table[part].str.strip()):
                 # CLAM writes ids that are numbers as floats, where a column has an empty cell
                 slide_id = cell.removesuffix(".0") if re.fullmatch(r"\d+\.0", cell) else cell
                 if slide_id in parts:
-                    raise SplitFileError(f"{path}: slide {slide_id} stands in {parts[slide_id]} and in {part}")
+                    raise SplitError(f"{path}: slide {slide_id} stands in {parts[slide_id]} and in {part}")
                 parts[slide_id] = part
         folds[f"fold{fold}"] = pd.Series(parts, dtype=str)
     return pd.DataFrame(folds).fillna("").rename_axis("slide_id")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from gmmamba.__main__ import main
 from gmmamba.config import ConfigError, load_config
-from gmmamba.split_files import PARTS, SplitFileError, read_clam, read_own, write_clam, write_own
-from gmmamba.splits import SplitError, SplitSettings, split_dataset
+from gmmamba.split_files import PARTS, SplitError, read_clam, read_own, write_clam, write_own
+from gmmamba.splits import SplitSettings, split_dataset
 from tests.gmmamba.test_config import good_config, write_sheet
 
 CLASSES = ["normal", "tumour"]
@@ -55,16 +55,16 @@ def test_clams_own_files_are_read(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.csv").write_text(text)
-    with pytest.raises(SplitFileError, match=message):
+    with pytest.raises(SplitError, match=message):
         read_own(tmp_path / "own.csv")
 
 
 def test_folders_that_are_not_clams_are_refused(tmp_path: Path) -> None:
     (tmp_path / "splits_1.csv").write_text(",train,val,test\n0,S0,S1,S2\n")
-    with pytest.raises(SplitFileError, match=r"splits_0.csv, splits_1.csv, ... without a gap; it has splits_1.csv"):
+    with pytest.raises(SplitError, match=r"splits_0.csv, splits_1.csv, ... without a gap; it has splits_1.csv"):
         read_clam(tmp_path)
     (tmp_path / "splits_0.csv").write_text(",train,val,test\n0,S0,S1,S0\n")
-    with pytest.raises(SplitFileError, match="slide S0 stands in train and in test"):
+    with pytest.raises(SplitError, match="slide S0 stands in train and in test"):
         read_clam(tmp_path)
 
 
