@@ -4,8 +4,8 @@ ours   one CSV with `slide_id, fold0, fold1, ...` whose cells are train, val, te
        leaves out; results/{dataset}/splits.csv is one. Where it has `patient_id` or `label`, they must be the sheet's
 CLAM   a folder of splits_0.csv, splits_1.csv, ..., each with the columns `train, val, test` of slide ids
 
-Every problem is found before any job: unknown slides, slides that are nowhere, a patient in two parts, a part without
-one of the classes.
+Found before any job: unknown slides, a patient in two parts, a part without one of the classes. Slides that are in no
+fold are found when the dataset is split: only then it is known which could be read, and splits.csv has no others.
 """
 
 from __future__ import annotations
@@ -117,10 +117,18 @@ def split_file_problems(
     classes: Sequence[str],
     path: Path,
     left_out: Sequence[str] = (),
+    complete: bool = True,
 ) -> list[str]:
     """What is wrong with a table of `read_split_file` for these slides (by slide_id); `left_out` are slides of the
-    sheets that take no part, and may stand in the file."""
-    problems = [*_shortened(f"{path}: ", _membership_problems(table, slides, left_out))]
+    sheets that take no part, and may stand in the file. complete: whether every slide must be in a fold."""
+    problems = _shortened(f"{path}: ", _membership_problems(table, slides, left_out))
+    if complete:
+        placed = table.reindex(list(slides))[fold_names(table)].fillna("")
+        nowhere = placed.index[(placed == "").all(axis=1)]
+        problems += _shortened(
+            f"{path}: ",
+            [f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet" for slide_id in nowhere],
+        )
     table = table[table.index.isin(list(slides))]
     patient = pd.Series({slide_id: slides[slide_id].patient_id for slide_id in table.index}, dtype=str)
     label = pd.Series({slide_id: slides[slide_id].label for slide_id in table.index}, dtype=str)
@@ -148,9 +156,6 @@ def _membership_problems(table: pd.DataFrame, slides: Mapping[str, Member], left
             close = difflib.get_close_matches(slide_id, list(slides), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "take it out"
             yield f"slide {slide_id!r} is in no sheet of the dataset; {hint}"
-    for slide_id in slides:
-        if slide_id not in table.index or not any(table.loc[slide_id, fold_names(table)]):
-            yield f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet"
     for column in ("patient_id", "label"):
         for slide_id, given in zip(table.index, table[column], strict=True) if column in table else ():
             if slide_id in slides and given != (own := getattr(slides[slide_id], column)):
