@@ -28,7 +28,7 @@ MODELLING = [
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
-    from gmmamba import __version__
+    from gmmamba import __version__, split_commands
 
     parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
@@ -93,10 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
     sub.add_argument("--output", type=Path, required=True)
 
-    sub = command("splits", splits, "splits.csv to CLAM's splits_k.csv (export), or these to a file like it (import)")
-    sub.add_argument("direction", choices=["export", "import"])
-    sub.add_argument("splits", type=Path, help="splits.csv, or the folder of the splits_k.csv")
-    sub.add_argument("--output", type=Path, required=True, help="the other of the two")
+    split_commands.add_commands(command)
 
     sub = command("train", train, "train one experiment on one fold with one seed", MODELLING)
     add_run(sub)
@@ -181,15 +178,13 @@ def user_errors() -> tuple[type[Exception], ...]:
     from gmmamba.config import ConfigError
     from gmmamba.evaluation import EvaluationError
     from gmmamba.label_tables import SheetError
-    from gmmamba.leakage import LeakageError
-    from gmmamba.split_files import SplitFileError
     from gmmamba.splits import SplitError
     from gmmamba.view import ViewError
     from slidestore import StoreError
 
     return (
-        ConfigError, EvaluationError, LeakageError, SheetError, SplitError, SplitFileError, StoreError,
-        TooManyFailedError, ViewError, FileNotFoundError, FloatingPointError,
+        ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError,
+        FileNotFoundError, FloatingPointError,
     )  # fmt: skip
 
 
@@ -265,18 +260,6 @@ def split(options: argparse.Namespace) -> None:
     settings = from_dict(SplitSettings, options.settings, f"datasets.{options.dataset}.split")
     check_content(dict(options.slide_table))
     split_dataset(dict(options.slide_table), options.classes, settings, options.output)
-
-
-def splits(options: argparse.Namespace) -> None:
-    from gmmamba.split_files import fold_names, read_split_file, write_clam, write_own
-
-    if options.direction == "export":
-        table = read_split_file(options.splits, "file")
-        write_clam(table, options.output)
-    else:
-        table = read_split_file(options.splits, "clam")
-        write_own(table, options.output)
-    print(f"{len(table)} slides, {len(fold_names(table))} folds: {options.output}")
 
 
 def train(options: argparse.Namespace) -> None:

@@ -224,7 +224,7 @@ def check_dataset(
             if split.scheme in FILES:
                 everyone = [slide for _, _, slides in cohorts for slide in slides]
                 taking_part = {s.slide_id: Member(s.patient_id, s.label) for s in everyone if not s.exclude}
-                parts_of_file(split, taking_part, classes, [s.slide_id for s in everyone if s.exclude])
+                parts_of_file(split, taking_part, classes, [s.slide_id for s in everyone if s.exclude], complete=False)
             else:
                 patient_folds(patients, classes, split, given_by_patient)
         except SplitError as error:

@@ -29,7 +29,7 @@ from gmmamba.config_checks import (
     slide_tiling_problems,
 )  # fmt: skip
 from gmmamba.models import CSS_HOSTS
-from gmmamba.split_files import SplitFileError, fold_names, read_split_file
+from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.foreign import ForeignFiles
@@ -203,7 +203,7 @@ def with_folds_of_file(split: SplitSettings, where: str) -> SplitSettings:
         return split
     try:
         return replace(split, folds=len(fold_names(read_split_file(Path(split.path), split.scheme))))
-    except SplitFileError as error:
+    except SplitError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 

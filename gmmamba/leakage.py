@@ -19,12 +19,13 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from gmmamba.slide_tables import read_slide_tables
+from gmmamba.split_files import SplitError
 from slidestore import open_store
 
 SHORTEST_NAME = 3  # letters: a class called "a" or "1" is in many an id by chance
 
 
-class LeakageError(ValueError):
+class LeakageError(SplitError):
     """Slides of a dataset that would be known from training; the message names each, and the remedy."""
 
 

@@ -4,8 +4,8 @@ ours   one CSV with `slide_id, fold0, fold1, ...` whose cells are train, val, te
        leaves out; results/{dataset}/splits.csv is one. Where it has `patient_id` or `label`, they must be the sheet's
 CLAM   a folder of splits_0.csv, splits_1.csv, ..., each with the columns `train, val, test` of slide ids
 
-Every problem is found before any job: unknown slides, slides that are nowhere, a patient in two parts, a part without
-one of the classes.
+Found before any job: unknown slides, a patient in two parts, a part without one of the classes. Slides that are in no
+fold are found when the dataset is split: only then it is known which could be read, and splits.csv has no others.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ PARTS = ("train", "val", "test")
 SHOWN = 5  # problems of a kind; the others are counted
 
 
-class SplitFileError(ValueError):
-    """A file of splits that cannot be used; the message names the file, the place and the remedy."""
+class SplitError(ValueError):
+    """Slides that cannot be split as asked; the message names the class, the slide or the file, and the remedy."""
 
 
 class Member(NamedTuple):
@@ -37,31 +37,29 @@ class Member(NamedTuple):
 
 def read_split_file(path: Path, scheme: str) -> pd.DataFrame:
     """The parts by slide_id, columns fold0, fold1, ..., every cell one of PARTS or "", and `patient_id` and `label`
-    where the file has them. scheme: file or clam. Raises SplitFileError."""
+    where the file has them. scheme: file or clam. Raises SplitError."""
     return read_clam(path) if scheme == "clam" else read_own(path)
 
 
 def read_own(path: Path) -> pd.DataFrame:
     """See `read_split_file`."""
     if not path.is_file():
-        raise SplitFileError(f"{path} does not exist")
+        raise SplitError(f"{path} does not exist")
     table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
     folds = [name for name in table.columns if re.fullmatch(r"fold\d+", name)]
     wanted = [f"fold{i}" for i in range(len(folds))]
     if "slide_id" not in table or not folds or set(folds) != set(wanted):
-        raise SplitFileError(
+        raise SplitError(
             f"{path} must have the columns slide_id, fold0, fold1, ... without a gap; it has {', '.join(table.columns)}"
         )
     table = table.apply(lambda column: column.str.strip())
     for line, row in enumerate(table.to_dict("records"), start=2):
         for fold in wanted:
             if row[fold] not in ("", *PARTS):
-                raise SplitFileError(
-                    f"{path}, line {line}: {fold} is {row[fold]!r}, none of {', '.join(PARTS)} or empty"
-                )
+                raise SplitError(f"{path}, line {line}: {fold} is {row[fold]!r}, none of {', '.join(PARTS)} or empty")
     twice = table.loc[table["slide_id"].duplicated(), "slide_id"]
     for slide_id in twice:
-        raise SplitFileError(f"{path}: slide {slide_id} stands there twice: leave one line")
+        raise SplitError(f"{path}: slide {slide_id} stands there twice: leave one line")
     given = [name for name in ("patient_id", "label") if name in table]
     return table.set_index("slide_id")[[*wanted, *given]]
 
@@ -75,20 +73,20 @@ def read_clam(folder: Path) -> pd.DataFrame:
     }
     if not found or sorted(found) != list(range(len(found))):
         names = ", ".join(path.name for path in found.values()) or "none"
-        raise SplitFileError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
+        raise SplitError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
     folds = {}
     for fold, path in sorted(found.items()):
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
         for part in PARTS:
             if part not in table:
-                raise SplitFileError(f"{path} has no column {part!r}; CLAM's are train, val, test")
+                raise SplitError(f"{path} has no column {part!r}; CLAM's are train, val, test")
         parts: dict[str, str] = {}
         for part in PARTS:
             for cell in filter(None, table[part].str.strip()):
                 # CLAM writes ids that are numbers as floats, where a column has an empty cell
                 slide_id = cell.removesuffix(".0") if re.fullmatch(r"\d+\.0", cell) else cell
                 if slide_id in parts:
-                    raise SplitFileError(f"{path}: slide {slide_id} stands in {parts[slide_id]} and in {part}")
+                    raise SplitError(f"{path}: slide {slide_id} stands in {parts[slide_id]} and in {part}")
                 parts[slide_id] = part
         folds[f"fold{fold}"] = pd.Series(parts, dtype=str)
     return pd.DataFrame(folds).fillna("").rename_axis("slide_id")
@@ -119,10 +117,18 @@ def split_file_problems(
     classes: Sequence[str],
     path: Path,
     left_out: Sequence[str] = (),
+    complete: bool = True,
 ) -> list[str]:
     """What is wrong with a table of `read_split_file` for these slides (by slide_id); `left_out` are slides of the
-    sheets that take no part, and may stand in the file."""
-    problems = [*_shortened(f"{path}: ", _membership_problems(table, slides, left_out))]
+    sheets that take no part, and may stand in the file. complete: whether every slide must be in a fold."""
+    problems = _shortened(f"{path}: ", _membership_problems(table, slides, left_out))
+    if complete:
+        placed = table.reindex(list(slides))[fold_names(table)].fillna("")
+        nowhere = placed.index[(placed == "").all(axis=1)]
+        problems += _shortened(
+            f"{path}: ",
+            [f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet" for slide_id in nowhere],
+        )
     table = table[table.index.isin(list(slides))]
     patient = pd.Series({slide_id: slides[slide_id].patient_id for slide_id in table.index}, dtype=str)
     label = pd.Series({slide_id: slides[slide_id].label for slide_id in table.index}, dtype=str)
@@ -150,9 +156,6 @@ def _membership_problems(table: pd.DataFrame, slides: Mapping[str, Member], left
             close = difflib.get_close_matches(slide_id, list(slides), n=1)
             hint = f"did you mean {close[0]!r}?" if close else "take it out"
             yield f"slide {slide_id!r} is in no sheet of the dataset; {hint}"
-    for slide_id in slides:
-        if slide_id not in table.index or not any(table.loc[slide_id, fold_names(table)]):
-            yield f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet"
     for column in ("patient_id", "label"):
         for slide_id, given in zip(table.index, table[column], strict=True) if column in table else ():
             if slide_id in slides and given != (own := getattr(slides[slide_id], column)):

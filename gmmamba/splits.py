@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from gmmamba.slide_tables import read_slide_tables
-from gmmamba.split_files import PARTS, Member, read_split_file, split_file_problems
+from gmmamba.split_files import PARTS, Member, SplitError, fold_names, read_split_file, split_file_problems
 from slidestore.atomic import replace_when_whole
 
 FILES = ("file", "clam")  # schemes that take the parts as they are
@@ -24,10 +24,6 @@ GOES_BY = {  # what a scheme goes by, besides labels: of this, a patient must ha
     "leave_one_cohort_out": "cohort",
     "site_preserved": "site",
 }
-
-
-class SplitError(ValueError):
-    """Slides that cannot be split as asked; the message names the class or the slide, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -219,18 +215,20 @@ def split_dataset(slide_tables: Mapping[str, Path], classes: list[str], settings
 
 
 def parts_of_file(
-    settings: SplitSettings, slides: Mapping[str, Member], classes: list[str], left_out: Sequence[str] = ()
+    settings: SplitSettings,
+    slides: Mapping[str, Member],
+    classes: list[str],
+    left_out: Sequence[str] = (),
+    complete: bool = True,
 ) -> pd.DataFrame:
-    """The parts that the file of a split has for `slides`, by slide_id; SplitError lists all that is wrong with it."""
+    """The parts that the file of a split has for `slides`, by slide_id; SplitError lists all that is wrong with it, as
+    `split_file_problems` finds it."""
     assert settings.path is not None, "the configuration is checked for it"
     path = Path(settings.path)
-    try:
-        table = read_split_file(path, settings.scheme)
-    except ValueError as error:
-        raise SplitError(str(error)) from error
-    if problems := split_file_problems(table, slides, classes, path, left_out):
+    table = read_split_file(path, settings.scheme)
+    if problems := split_file_problems(table, slides, classes, path, left_out, complete):
         raise SplitError("\n".join(problems))
-    return table.loc[list(slides), [name for name in table.columns if name.startswith("fold")]]
+    return table.reindex(list(slides))[fold_names(table)]
 
 
 def drawn_parts(slides: pd.DataFrame, classes: list[str], settings: SplitSettings) -> list[dict[str, str]]:

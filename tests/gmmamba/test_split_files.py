@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from gmmamba.__main__ import main
 from gmmamba.config import ConfigError, load_config
-from gmmamba.split_files import PARTS, SplitFileError, read_clam, read_own, write_clam, write_own
-from gmmamba.splits import SplitError, SplitSettings, split_dataset
+from gmmamba.split_files import PARTS, SplitError, read_clam, read_own, write_clam, write_own
+from gmmamba.splits import SplitSettings, split_dataset
 from tests.gmmamba.test_config import good_config, write_sheet
 
 CLASSES = ["normal", "tumour"]
@@ -55,16 +55,16 @@ def test_clams_own_files_are_read(tmp_path: Path) -> None:
 )
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "own.csv").write_text(text)
-    with pytest.raises(SplitFileError, match=message):
+    with pytest.raises(SplitError, match=message):
         read_own(tmp_path / "own.csv")
 
 
 def test_folders_that_are_not_clams_are_refused(tmp_path: Path) -> None:
     (tmp_path / "splits_1.csv").write_text(",train,val,test\n0,S0,S1,S2\n")
-    with pytest.raises(SplitFileError, match=r"splits_0.csv, splits_1.csv, ... without a gap; it has splits_1.csv"):
+    with pytest.raises(SplitError, match=r"splits_0.csv, splits_1.csv, ... without a gap; it has splits_1.csv"):
         read_clam(tmp_path)
     (tmp_path / "splits_0.csv").write_text(",train,val,test\n0,S0,S1,S0\n")
-    with pytest.raises(SplitFileError, match="slide S0 stands in train and in test"):
+    with pytest.raises(SplitError, match="slide S0 stands in train and in test"):
         read_clam(tmp_path)
 
 
@@ -104,6 +104,12 @@ def test_a_file_is_the_split_and_says_how_many_folds(tmp_path: Path) -> None:
     split_dataset({"demo": tmp_path / "table.csv"}, CLASSES,
                   SplitSettings(scheme="file", path=str(tmp_path / "splits.csv")), tmp_path / "again.csv")  # fmt: skip
     assert (tmp_path / "again.csv").read_text() == (tmp_path / "splits.csv").read_text()
+    # A slide that failed need not be there, one that was read must.
+    for row in ([], ["S0,,"]):
+        config = load_config(configured(tmp_path, [*row, *GOOD[1:]]))
+        with pytest.raises(SplitError, match="slide S0 is in no fold: give it parts, or fill 'exclude' in the sheet"):
+            split_dataset({"demo": tmp_path / "table.csv"}, CLASSES, split, tmp_path / "again.csv")
+    configured(tmp_path, GOOD)
     failed = slides.assign(status=["failed" if name in ("S0", "S6") else "ready" for name in slides["slide_id"]])
     failed.to_csv(tmp_path / "table.csv", index=False)
     with pytest.raises(SplitError, match="fold0 has no slide of class 'normal' in its train part"):
@@ -114,8 +120,6 @@ def test_a_file_is_the_split_and_says_how_many_folds(tmp_path: Path) -> None:
     ("change", "message"),
     [
         (lambda rows: [*rows, "S6b,train,val"], "slide 'S6b' is in no sheet of the dataset; did you mean 'S6'?"),
-        (lambda rows: rows[1:], "slide S0 is in no fold: give it parts, or fill 'exclude' in the sheet"),
-        (lambda rows: ["S0,,", *rows[1:]], "slide S0 is in no fold"),
         (lambda rows: [*rows[:-1], "S5b,train,val"],
          "patient P5 is in two parts of fold0: S5 in test; S5b in train; give all slides of a patient one part"),
         (lambda rows: [r.replace("S2,val", "S2,train").replace("S8,val", "S8,train") for r in rows],
