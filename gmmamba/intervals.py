@@ -6,7 +6,7 @@ several slides of a patient, and seeds, are worth what they vary.
 
 Why not the bootstrap's percentiles: they are too narrow near 1. A new study would find errors that this one, and so
 every resample of it, does not have; an AUROC of 1 would get the interval 1 to 1, by BCa, too. For 40 patients and a
-true AUROC of 0.95 percentiles cover it in 83 to 88 of 100 studies. Two more corrections keep it at 95 ± 2 there,
+true AUROC of 0.95 percentiles cover it in 85 to 90 of 100 studies. Two more corrections keep it at 95 ± 2 there,
 by simulation (benchmarks/coverage.py; docs/statistics.md has the table): the variance is shrunk by the weight of half a
 patient towards that of independent patients, and the quantile is Student's, with the degrees
 of freedom that Welch and Satterthwaite give samples of as many patients as each class has.
