@@ -6,10 +6,10 @@ several slides of a patient, and seeds, are worth what they vary.
 
 Why not the bootstrap's percentiles: they are too narrow near 1. A new study would find errors that this one, and so
 every resample of it, does not have; an AUROC of 1 would get the interval 1 to 1, by BCa, too. For 40 patients and a
-true AUROC of 0.95 percentiles cover it in 83 to 88 of 100 studies. Two more corrections keep it at 95 ± 2 there,
+true AUROC of 0.95 percentiles cover it in 85 to 90 of 100 studies. Two more corrections keep it at 95 ± 2 there,
 by simulation (benchmarks/coverage.py; docs/statistics.md has the table): the variance is shrunk by the weight of half a
-patient towards that of independent patients, and the quantile is Student's, with the patients of a class (harmonic
-mean) less one as degrees of freedom.
+patient towards that of independent patients, and the quantile is Student's, with the degrees
+of freedom that Welch and Satterthwaite give samples of as many patients as each class has.
 
 Losses (Brier, log loss, ECE) have no such end: their intervals are symmetric on the log scale, v·exp(± q·sd / v).
 """
@@ -35,15 +35,16 @@ def interval(name: str, value: float, samples: np.ndarray, patients: Mapping[str
     """
     defined, total = samples[np.isfinite(samples)], sum(patients.values())
     counts = patients_behind(name, patients)
-    harmonic = len(counts) / sum(1 / max(count, 1) for count in counts)
+    shares = 1 / np.maximum(np.array(counts, np.float64), 1)
     if not np.isfinite(value) or len(defined) < len(samples) / 2 or total < 2:
         return np.nan, np.nan
-    quantile, variance = float(t.ppf((1 + LEVEL) / 2, max(harmonic - 1, 1))), float(defined.var(ddof=1))
+    freedom = shares.sum() ** 2 / (shares**2 / np.maximum(1 / shares - 1, 1)).sum()  # Welch and Satterthwaite
+    quantile, variance = float(t.ppf((1 + LEVEL) / 2, freedom)), float(defined.var(ddof=1))
     if name in LOSSES:
         factor = np.exp(quantile * np.sqrt(variance) / value) if value > 0 else np.nan
         return value / factor, value * factor
     # For an AUROC near 1 this is what Hanley and McNeil's variance (1982) says, but for 1/2 patient.
-    worth = len(counts) * harmonic
+    worth = len(counts) ** 2 / shares.sum()
     shrunk = (value * total + PRIOR / 2) / (total + PRIOR)
     variance = (variance * total + PRIOR * shrunk * (1 - shrunk) / worth) / (total + PRIOR)
     return wilson(value, value * (1 - value) / variance if 0 < value < 1 else worth, quantile)
