@@ -11,7 +11,8 @@ by simulation (benchmarks/coverage.py; docs/statistics.md has the table): the va
 patient towards that of independent patients, and the quantile is Student's, with the degrees
 of freedom that Welch and Satterthwaite give samples of as many patients as each class has.
 
-Losses (Brier, log loss, ECE) have no such end: their intervals are symmetric on the log scale, v·exp(± q·sd / v).
+Brier score and log loss have no such end: symmetric on the log scale, v·exp(± q·sd / v). That of the
+ECE, which ends at 1, on the logit scale.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from scipy.special import expit, logit
 from scipy.stats import t
 
 from gmmamba.scores import LOSSES
@@ -40,6 +42,11 @@ def interval(name: str, value: float, samples: np.ndarray, patients: Mapping[str
         return np.nan, np.nan
     freedom = shares.sum() ** 2 / (shares**2 / np.maximum(1 / shares - 1, 1)).sum()  # Welch and Satterthwaite
     quantile, variance = float(t.ppf((1 + LEVEL) / 2, freedom)), float(defined.var(ddof=1))
+    if name == "ece":
+        if not 0 < value < 1:
+            return np.nan, np.nan
+        spread = quantile * np.sqrt(variance) / (value * (1 - value))
+        return float(expit(logit(value) - spread)), float(expit(logit(value) + spread))
     if name in LOSSES:
         factor = np.exp(quantile * np.sqrt(variance) / value) if value > 0 else np.nan
         return value / factor, value * factor

@@ -21,6 +21,7 @@ from gmmamba.evaluation import (
     pools,
     run_units,
 )
+from gmmamba.intervals import interval
 from gmmamba.metrics import METRICS, classification_metrics, selection_score
 from gmmamba.scores import score_names, scores
 
@@ -265,3 +266,11 @@ def test_slides_of_a_patient_and_seeds_that_agree_are_no_further_evidence() -> N
     counts = bootstrap_counts(60)
     assert (counts.sum(1) == 60).all()
     assert pooled_scores([pool(1)], CLASSES, counts)["auroc"].shape == (len(counts),)
+
+
+def test_an_interval_stays_where_the_score_can_be() -> None:
+    samples = np.random.default_rng(0).gamma(4, 0.03, 2000)  # biased upwards, as the ECE of few slides is
+    low, high = interval("ece", 0.03, samples, {"normal": 15, "tumour": 14})
+    assert 0 < low < 0.03 < high < 1
+    low, high = interval("accuracy", 0.97, 1 - samples / 4, {"normal": 15, "tumour": 14})
+    assert 0 < low < 0.97 < high < 1
