@@ -23,12 +23,12 @@ MODELLING = [
     "torch._inductor",  # imported by torch.use_deterministic_algorithms
 ]  # fmt: skip
 """What training and prediction import sooner or later: ten seconds of CPU."""
-PREDICTING = [*MODELLING, "gmmamba.inference.command"]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
     from gmmamba import __version__
+    from gmmamba.inference.cli import add_commands
 
     parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
@@ -107,28 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--predictions", type=Path, required=True)
     sub.add_argument("--attention", type=Path, required=True)
 
-    sub = command("record-pipeline", record_pipeline, "record how slides become what an experiment's models take")
-    sub.add_argument("--settings", type=json.loads, required=True)
-    sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
-    sub.add_argument("--models", type=Path, nargs="+", required=True, help="folders of the experiment's runs")
-    sub.add_argument("--output", type=Path, required=True)
-
-    sub = command("export-model", export_model, "one file of a trained experiment, to hand to somebody else", MODELLING)
-    sub.add_argument("model", type=Path, help="folder of an experiment, or of one of its runs")
-    sub.add_argument("--output", type=Path, required=True, help="to write, .safetensors")
-    sub.add_argument("--with-encoder", action="store_true", help="put the encoder's weights in, a .safetensors file")
-
-    sub = command("predict", predict, "predict new slides with a trained experiment, and show why", PREDICTING)
-    sub.add_argument("model", type=Path, help="folder of an experiment (all its runs), of one run, or a model file")
-    sub.add_argument("slides", type=Path, help="a slide, a folder of slides, or a sheet (.csv with a column path)")
-    sub.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    sub.add_argument("--like", metavar="COHORT", help="whose tiling to follow, where the dataset's cohorts differ")
-    sub.add_argument("--mpp", type=float, help="µm per pixel of level 0 of all slides whose row in a sheet gives none")
-    sub.add_argument("--encoder-weights", type=Path, metavar="FILE", help="where they are now, if not where they were")
-    sub.add_argument("--prepared", action="store_true", help="tiles and features are in the output folder already")
-    sub.add_argument("--threads", type=int, default=1, help="1, as the stages: more may change the last bits")
-    sub.add_argument("--contribution-steps", type=int, default=16, metavar="N", help="of the integral; 0: none")
-    sub.add_argument("--top", type=int, default=8, metavar="K", help="patches of highest and of lowest contribution")
+    add_commands(command)  # on new slides: record-pipeline, export-model, predict, localise
 
     sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds", ["gmmamba.evaluation"])
     sub.add_argument("--classes", type=json.loads, required=True)
@@ -321,28 +300,6 @@ def predict_fold(options: argparse.Namespace) -> None:
         options.model, options.fold, options.seed, options.splits, dict(options.slide_table),
         dict(options.groups) or None, options.predictions, options.attention, options.threads,
     )  # fmt: skip
-
-
-def record_pipeline(options: argparse.Namespace) -> None:
-    from gmmamba.inference.model_file import record_pipeline as run
-
-    run(options.settings, dict(options.slide_table), options.models, options.output)
-
-
-def export_model(options: argparse.Namespace) -> None:
-    from gmmamba.inference.model_file import export_model as run
-    from gmmamba.inference.model_file import load_ensemble
-
-    run(load_ensemble(options.model), options.output, options.with_encoder)
-
-
-def predict(options: argparse.Namespace) -> None:
-    from gmmamba.inference.command import predict as run
-
-    print(run(
-        options.model, options.slides, options.output, options.like, options.mpp, options.encoder_weights,
-        options.prepared, options.threads, options.contribution_steps, options.top,
-    ))  # fmt: skip
 
 
 def evaluate(options: argparse.Namespace) -> None:

@@ -1,11 +1,12 @@
 """The commands record-pipeline, export-model and predict: from paths and options to the functions that do the work."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmmamba.inference.model_file import InferenceError, load_ensemble
+from gmmamba.inference.model_file import load_ensemble
+from gmmamba.inference.pipeline import InferenceError
 from gmmamba.inference.predict import predict_slides
 from gmmamba.inference.slides import Preparation, list_slides
 from slidestore.atomic import replace_when_whole
@@ -15,6 +16,7 @@ def predict(
     model: Path,
     source: Path,
     output: Path,
+    runs: Sequence[str] | None = None,
     like: str | None = None,
     mpp: float | None = None,
     encoder_weights: Path | None = None,
@@ -25,11 +27,12 @@ def predict(
 ) -> str:
     """Predict the slides of `source` and write `output`; what to say of it, in words.
 
-    like: the cohort whose tiling to follow. mpp: of slides whose sheet gives none, µm per pixel of level 0.
+    runs: of an experiment these only. like: the cohort whose tiling to follow. mpp: of slides whose sheet gives none,
+    µm per pixel of level 0.
     encoder_weights: the file of the encoder's weights, where it is not at the place that training had it. prepared:
     tiles and features of the slides are in `output` already.
     """
-    ensemble = load_ensemble(model)
+    ensemble = load_ensemble(model, runs)
     slides = list_slides(source, mpp)
     tiling = ensemble.pipeline.tiling_like(like, str(model))
     sha = ensemble.card["encoder_weights_sha256"]

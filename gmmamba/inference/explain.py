@@ -3,17 +3,23 @@
 The quantity explained is the log-odds of one class, log p / (1 - p); of two classes that is the difference of their
 logits.
 
-Patch contributions are integrated gradients (Sundararajan, Taly and Yan, ICML 2017) between the slide and a slide of
-the same patches in the same places, all of which have the slide's mean feature: c_i = (x_i - mean) . integral of the
-gradient along the straight line between the two. They sum to the difference of log-odds between the slide and its
-mean, whatever the model; how far the quadrature misses that sum is part of the result (`residual`).
+Patch contributions are integrated gradients (Sundararajan, Taly and Yan, ICML 2017) between the slide and a slide all
+of whose patches are its mean patch: c_i = (x_i - mean) . integral of the gradient along the straight line between the
+two. They sum to the difference of the log-odds of slide and mean patch; how far the quadrature misses that sum is part
+of the result (`residual`). What x_i is depends on the model:
+
+  GMMamba      the instance as the last attention pooling sees it, with the attention of the prediction held: what a
+               patch adds by what was made of it, masked ones nothing. The features themselves would not do: the scans
+               carry a patch along to its neighbours, and the credit with it.
+  all others   the patch's features. Also GMMamba with pooling "max", which has no attention to hold.
 
 Group contributions are by leaving out: the log-odds of the slide less those of the slide without the group's patches.
 Each is exact, they do not sum to anything.
 
-Shapes: N instances, D feature width, G groups, C classes.
+Shapes: N instances, M of them kept, G groups, D feature or model width, C classes.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +27,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from gmmamba.models.bag import Bag, MILModel
+from gmmamba.models.bag import Bag, MILModel, MILOutput
+from gmmamba.models.gmmamba import GMMamba
 
 
 @dataclass(frozen=True)
@@ -46,24 +53,57 @@ def log_odds(logits: Tensor, target: int) -> Tensor:
     return logits[0, target] - rest.logsumexp(0)
 
 
-def patch_contributions(model: MILModel, bag: Bag, target: int, steps: int) -> Contributions:
-    """Integrated gradients of the log-odds of `target`, by Gauss-Legendre quadrature with `steps` points.
+def patch_contributions(model: MILModel, bag: Bag, output: MILOutput, target: int, steps: int) -> Contributions:
+    """Contributions of the patches to the log-odds of `target`, by Gauss-Legendre quadrature with `steps` points.
 
-    The model is in evaluation mode, on the bag's device; bag.features is (N, D) float32. A step costs a forward and a
-    backward pass.
+    The model is in evaluation mode, on the bag's device; bag.features is (N, D) float32; `output` is what the model
+    said of the bag.
     """
-    mean = bag.features.double().mean(0, keepdim=True).to(bag.features)
-    difference = bag.features - mean
+    if isinstance(model, GMMamba) and model.imm.group_ins_attention is not None:
+        return _of_instances(model, output, target, steps)
+
+    def odds(features: Tensor) -> Tensor:
+        return log_odds(model(Bag(features, bag.coords, bag.groups)).logits.double(), target)
+
+    start = bag.features.double().mean(0, keepdim=True).to(bag.features)
+    gradient, baseline = _integrated_gradient(odds, start.expand_as(bag.features), bag.features, steps)
+    values = (gradient * (bag.features - start).double()).sum(1)
+    return Contributions(values.cpu().numpy(), _log_odds_of(output, target), baseline)
+
+
+def _of_instances(model: GMMamba, output: MILOutput, target: int, steps: int) -> Contributions:
+    """Group features are the means of h, weighted by attention, so credit of a group's feature is that of its h."""
+    details = output.details
+    keep, sizes, attention = details["keep"], details["group_sizes"], details["ins_attn"].detach()
+    group = torch.repeat_interleave(sizes)[keep]
+    with torch.no_grad():
+        h = model.imm.norm(details["h2"]).double()  # (M, D)
+    features = details["group_features"].detach()  # (G, D)
+
+    def odds(rows: Tensor) -> Tensor:
+        strongest = rows.max(0, keepdim=True).values
+        logits, _ = model.cls(rows if model.css is None else model.css(rows)[0], strongest)
+        return log_odds(logits.double(), target)
+
+    mean = h.mean(0, keepdim=True)
+    gradient, baseline = _integrated_gradient(odds, mean.to(features).expand_as(features), features, steps)
+    values = torch.zeros(len(keep), dtype=torch.float64, device=h.device)
+    values[details["order"][keep]] = attention.double() * ((h - mean) * gradient[group]).sum(1)
+    return Contributions(values.cpu().numpy(), _log_odds_of(output, target), baseline)
+
+
+def _integrated_gradient(
+    odds: Callable[[Tensor], Tensor], start: Tensor, end: Tensor, steps: int
+) -> tuple[Tensor, float]:
+    """The mean gradient of `odds`, float64, between two tensors of one shape, and its value at the start."""
     nodes, weights = np.polynomial.legendre.leggauss(steps)
-    values = torch.zeros(len(difference), dtype=torch.float64, device=difference.device)
+    total = torch.zeros_like(end, dtype=torch.float64)
     for node, weight in zip(nodes, weights, strict=True):
-        at = (mean + difference * (node + 1) / 2).requires_grad_()
-        (gradient,) = torch.autograd.grad(log_odds(model(Bag(at, bag.coords, bag.groups)).logits.double(), target), at)
-        values += weight / 2 * (gradient.double() * difference.double()).sum(1)
-    return Contributions(
-        values.cpu().numpy(), _log_odds_of(model, bag, target),
-        _log_odds_of(model, Bag(mean.expand_as(difference).contiguous(), bag.coords, bag.groups), target),
-    )  # fmt: skip
+        at = (start + (end - start) * (node + 1) / 2).detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(odds(at), at)
+        total += weight / 2 * gradient.double()
+    with torch.no_grad():
+        return total, odds(start.contiguous()).item()
 
 
 @torch.no_grad()
@@ -74,14 +114,16 @@ def group_contributions(model: MILModel, bag: Bag, target: int) -> dict[int, flo
     labels = bag.groups.unique().tolist()
     if len(labels) < 2:
         return {}
-    total, found = _log_odds_of(model, bag, target), {}
+
+    def odds(rows: Tensor) -> float:
+        return _log_odds_of(model(Bag(bag.features[rows], bag.coords[rows], groups[rows])), target)
+
+    groups, found = bag.groups, {}
+    total = odds(torch.arange(len(groups), device=groups.device))
     for label in labels:
-        rows = (bag.groups != label).nonzero()[:, 0]
-        without = Bag(bag.features[rows], bag.coords[rows], bag.groups[rows])
-        found[label] = total - _log_odds_of(model, without, target)
+        found[label] = total - odds((groups != label).nonzero()[:, 0])
     return found
 
 
-@torch.no_grad()
-def _log_odds_of(model: MILModel, bag: Bag, target: int) -> float:
-    return log_odds(model(bag).logits.double(), target).item()
+def _log_odds_of(output: MILOutput, target: int) -> float:
+    return log_odds(output.logits.detach().double(), target).item()

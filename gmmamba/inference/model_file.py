@@ -1,7 +1,5 @@
-"""Trained models and what they need to know of a slide's way to them: the pipeline.
+"""Trained models with the pipeline that leads to them.
 
-A run's model.json says which encoder's features a model takes, not how a slide becomes them. pipeline.json, beside the
-runs of an experiment, does (`record_pipeline`): tiling, reading and encoder as the features of its dataset were made.
 `load_ensemble` reads an experiment's folder (all folds and seeds), one run's folder, or a model file.
 
 A model file is all of it in one safetensors file, nothing pickled (`export_model`): the tensors of each member as
@@ -22,52 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gmmamba import __version__
+from gmmamba.inference.pipeline import InferenceError, Pipeline
 from gmmamba.models import create_model
 from gmmamba.models.bag import MILModel
-from gmmamba.splits import read_slide_tables
-from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
 from slidestore.settings import from_dict
 
 FORMAT = 1
 ENCODER_BYTES = "encoder_weights"
-
-
-class InferenceError(StoreError):
-    """A model, slides or features that do not go together; the message names them and the remedy."""
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """How a slide becomes the features that a model takes.
-
-    tiling: by cohort of the dataset, the keys of the config's `tiling`; empty where features were imported. reading,
-    encoder: as in the config, the encoder with its `name`. known_slides: `slide_mark` of every slide of the dataset.
-    """
-
-    tiling: dict[str, dict[str, Any]]
-    reading: dict[str, Any]
-    encoder: dict[str, Any] | None
-    known_slides: list[str]
-
-    def tiling_like(self, cohort: str | None, where: str) -> dict[str, Any]:
-        """The tiling of one cohort, which need not be named where all have the same."""
-        if not self.tiling or self.encoder is None:
-            raise InferenceError(
-                f"{where} was trained on imported features: how its slides became them is not known here; extract those"
-                " of the new slides with the same tool, and add them as a cohort"
-            )
-        if cohort is not None:
-            if cohort not in self.tiling:
-                raise InferenceError(f"{where} knows no cohort {cohort!r}, only {', '.join(self.tiling)}")
-            return self.tiling[cohort]
-        first, *others = self.tiling.values()
-        if any(other != first for other in others):
-            raise InferenceError(
-                f"the cohorts of {where} were tiled in different ways: name the one to follow with --like,"
-                f" {' or '.join(self.tiling)}"
-            )
-        return first
 
 
 @dataclass(frozen=True)
@@ -108,46 +68,19 @@ class Ensemble:
         return self.card["experiment"]["grouping"]
 
 
-def slide_mark(source: Mapping[str, Any]) -> str:
-    """Sixteen hex digits that tell a slide's content, not its name, from the `source` of its store."""
-    return hashlib.sha256(f"{source.get('size')}:{source.get('quickhash')}".encode()).hexdigest()[:16]
+def load_ensemble(path: Path, only: Sequence[str] | None = None) -> Ensemble:
+    """The models in an experiment's or a run's folder, or in a model file; `only` those of these names (fold0_seed0).
 
-
-def record_pipeline(
-    settings: Mapping[str, Any], slide_tables: Mapping[str, Path], models: Sequence[Path], output: Path
-) -> None:
-    """Write pipeline.json of an experiment.
-
-    settings: `tiling` (by cohort), `reading`, `encoder`, as the config resolves them. models: the folders of its runs.
-    Raises InferenceError where a store of the dataset is not of these settings, or not what a model was trained on.
+    InferenceError for what is none of these, and for models that are not of one experiment.
     """
-    cards = {folder: json.loads((folder / "model.json").read_text()) for folder in models}
-    marks = []
-    table = read_slide_tables(slide_tables)
-    for row in table[table["status"] == "ready"].to_dict("records"):
-        attributes = open_store(Path(row["store"])).attributes
-        tiling = settings["tiling"].get(attributes.cohort)
-        if tiling and (attributes.patch_px, attributes.mpp) != (tiling["patch_px"], tiling["mpp"]):
-            raise InferenceError(
-                f"{row['store']} has patches of {attributes.patch_px} px at {attributes.mpp} µm/px, the config says"
-                f" {tiling['patch_px']} px at {tiling['mpp']}: let Snakemake make it anew"
-            )
-        for folder, card in cards.items():
-            if attributes.encoder_weights_sha256 != card["encoder_weights_sha256"]:
-                raise InferenceError(f"{folder} was not trained on the features in {row['store']}: train it anew")
-        marks.append(slide_mark(attributes.source))
-    known = {name: settings[name] for name in ("tiling", "reading", "encoder")}
-    with replace_when_whole(output) as part:
-        part.write_text(json.dumps(asdict(Pipeline(**known, known_slides=sorted(marks))), indent=2) + "\n")
-
-
-def load_ensemble(path: Path) -> Ensemble:
-    """The models in an experiment's or a run's folder, or in a model file. InferenceError for what is none of these."""
     if path.is_file():
-        return _from_file(path)
+        return _from_file(path, only)
     if not path.is_dir():
         raise InferenceError(f"{path} does not exist: give results/DATASET/EXPERIMENT, a run's folder in it, or a file")
     runs = [path] if (path / "model.json").is_file() else _runs(path)
+    if only and runs:
+        _check_names(path, [run.name for run in runs], only)
+        runs = [run for run in runs if run.name in only]
     if not runs:
         raise InferenceError(f"{path} holds no trained model (fold0_seed0/model.json): train the experiment first")
     home = path if runs != [path] else path.parent
@@ -171,6 +104,11 @@ def load_ensemble(path: Path) -> Ensemble:
     shared = {key: value for key, value in cards[0].items() if key not in (*own, "epochs_run")}
     details = [{key: card[key] for key in own} for card in cards]
     return Ensemble(path, {"dataset": home.parent.name, **shared, "members": details}, pipeline, members)
+
+
+def _check_names(path: Path, there: Sequence[str], only: Sequence[str]) -> None:
+    if missing := [name for name in only if name not in there]:
+        raise InferenceError(f"{path} has no {missing[0]}, only {', '.join(there)}")
 
 
 def _runs(folder: Path) -> list[Path]:
@@ -244,7 +182,7 @@ def _encoder_bytes(ensemble: Ensemble) -> bytes:
     return content
 
 
-def _from_file(path: Path) -> Ensemble:
+def _from_file(path: Path, only: Sequence[str] | None) -> Ensemble:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -261,6 +199,10 @@ def _from_file(path: Path) -> Ensemble:
         raise InferenceError(f"{path} is of format {card['format']}, this program reads {FORMAT}: export it again")
     pipeline = from_dict(Pipeline, card.pop("pipeline"), str(path))
     encoder = tensors.pop(ENCODER_BYTES, None)
+    names = [f"fold{member['fold']}_seed{member['seed']}" for member in card["members"]]
+    if only:
+        _check_names(path, names, only)
+    card["members"] = [member for member, name in zip(card["members"], names, strict=True) if name in (only or names)]
     members = []
     for member in card["members"]:
         prefix = f"fold{member['fold']}_seed{member['seed']}/"

@@ -206,7 +206,7 @@ def _record(
     if found.contribution is not None:
         contribution = {
             "of": f"log-odds of {classes[found.target]}",
-            "method": "integrated gradients from the slide's mean patch",
+            "method": "integrated gradients from the slide's mean patch (docs/predict.md)",
             "sum": float(found.contribution.sum()),
             "log_odds": float(np.mean([one.total for one in found.contributions])),
             "log_odds_of_the_mean_patch": float(np.mean([one.baseline for one in found.contributions])),

@@ -80,7 +80,7 @@ class SlideMap:
         """values (N,): what each patch adds to the log-odds of the class `name`."""
         colours, top = contribution_colours(values)
         painted = self.paint(colours, 0.25 + 0.65 * np.abs(values) / top)
-        return _with_scale(painted, title, DIVERGING, (f"against {name}: −{top:.3g}", f"for {name}: +{top:.3g}"))
+        return _with_scale(painted, title, DIVERGING, (f"against {name}: -{top:.3g}", f"for {name}: +{top:.3g}"))
 
     def groups(self, labels: NDArray[np.int64], importance: dict[int, float], title: str) -> Image.Image:
         """Each group (labels (N,)) in a colour, with its number and, if known, its importance in percent."""

@@ -28,8 +28,9 @@ from gmmamba.cohort import Slide
 from gmmamba.data import BagReader, LabelledBag
 from gmmamba.grouping import group_coords, group_features, parse_grouping
 from gmmamba.inference.explain import Contributions, group_contributions, patch_contributions
-from gmmamba.inference.model_file import Ensemble, InferenceError, slide_mark
+from gmmamba.inference.model_file import Ensemble
 from gmmamba.inference.outputs import write_slide
+from gmmamba.inference.pipeline import InferenceError, slide_mark
 from gmmamba.inference.slides import Preparation
 from gmmamba.models.bag import MILOutput
 from gmmamba.prediction import choose_device, make_repeatable
@@ -174,9 +175,9 @@ def predict_slide(
     probabilities = torch.cat([row[None].double().softmax(dim=1) for row in logits]).numpy()
     target = 1 if len(ensemble.classes) == 2 else int(probabilities.mean(axis=0).argmax())
     contributions, without = [], []
-    for member in ensemble.members:
+    for member, output in zip(ensemble.members, outputs, strict=True):
         if steps:
-            contributions.append(patch_contributions(member.model, bag, target, steps))
+            contributions.append(patch_contributions(member.model, bag, output, target, steps))
         without.append(group_contributions(member.model, bag, target))
     with torch.no_grad():
         again = torch.cat([member.model(bag).logits.float() for member in ensemble.members]).cpu()
