@@ -1,4 +1,4 @@
-"""The subcommands on new slides: record-pipeline, export-model, predict. Nothing heavy is imported before one runs."""
+"""The subcommands on new slides: record-pipeline, export-model, predict, localise. What is heavy waits for its call."""
 
 import argparse
 import json
@@ -37,6 +37,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--contribution-steps", type=int, default=16, metavar="N", help="of the integral; 0: none")
     sub.add_argument("--top", type=int, default=8, metavar="K", help="patches of highest and of lowest contribution")
 
+    sub = command("localise", localise, "measure how well the maps of an experiment find known foci", PREDICTING)
+    sub.add_argument("folder", type=Path, help="of an experiment, one of its runs, or one that predict wrote")
+    sub.add_argument("--foci", type=Path, required=True, help="CSV: slide_id, x, y and tile_px or radius_px")
+    sub.add_argument("--min-share", type=float, default=0.25, help="of a patch's area in foci that makes it positive")
+    sub.add_argument("--contribution-steps", type=int, default=16, metavar="N", help="of the integral")
+    sub.add_argument("--output", type=Path, required=True, help="CSV, a row a slide and run")
+
 
 def cohort_file(text: str) -> tuple[str, Path]:
     """COHORT=FILE"""
@@ -69,3 +76,9 @@ def predict(options: argparse.Namespace) -> None:
         options.model, options.slides, options.output, options.runs, options.like, options.mpp, options.encoder_weights,
         options.prepared, options.threads, options.contribution_steps, options.top,
     ))  # fmt: skip
+
+
+def localise(options: argparse.Namespace) -> None:
+    from gmmamba.inference.localise import localise as run
+
+    print(run(options.folder, options.foci, options.output, options.min_share, options.contribution_steps))

@@ -77,7 +77,7 @@ def load_ensemble(path: Path, only: Sequence[str] | None = None) -> Ensemble:
         return _from_file(path, only)
     if not path.is_dir():
         raise InferenceError(f"{path} does not exist: give results/DATASET/EXPERIMENT, a run's folder in it, or a file")
-    runs = [path] if (path / "model.json").is_file() else _runs(path)
+    runs = run_folders(path)
     if only and runs:
         _check_names(path, [run.name for run in runs], only)
         runs = [run for run in runs if run.name in only]
@@ -111,8 +111,10 @@ def _check_names(path: Path, there: Sequence[str], only: Sequence[str]) -> None:
         raise InferenceError(f"{path} has no {missing[0]}, only {', '.join(there)}")
 
 
-def _runs(folder: Path) -> list[Path]:
-    """In the order of fold and seed, as numbers."""
+def run_folders(folder: Path) -> list[Path]:
+    """The runs of an experiment in the order of fold and seed, as numbers; of a run's own folder that one."""
+    if (folder / "model.json").is_file():
+        return [folder]
     found = [file.parent for file in folder.glob("fold*_seed*/model.json")]
     return sorted(found, key=lambda run: [int(part.strip("foldse")) for part in run.name.split("_")])
 

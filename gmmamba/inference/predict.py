@@ -12,6 +12,7 @@ Attention and logits come from one forward pass; another one, after all else was
 
 import json
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,7 +105,7 @@ def predict_slides(
         if problem is None:
             store = open_store(preparation.store(slide.slide_id), ensemble.card["encoder"])
             record = json.loads(preparation.tiles(slide.slide_id, ".json").read_text(encoding="utf-8"))
-            row["reason"] = None if store.attributes.failure is None else store.attributes.failure["reason"]
+            row["reason"] = _failure(store)
         if row["reason"] is None:
             check_features(ensemble, store, record, preparation.tiling)
             found = predict_slide(ensemble, slide, store, preparation, device, steps)
@@ -114,6 +115,7 @@ def predict_slides(
             of_members += _member_rows(found, ensemble)
         else:
             log.warning("slide %s failed: %s", slide.slide_id, row["reason"])
+            shutil.rmtree(preparation.output / "slides" / slide.slide_id, ignore_errors=True)  # of an earlier run
         rows.append(row)
     if not prepared and (problem := preparation.picture_patches()) is not None:
         log.warning("the pictures of patches: %s", problem)
@@ -126,6 +128,12 @@ def predict_slides(
     with replace_when_whole(preparation.output / "predictions.csv") as part:
         table.astype({"models": "Int64", "n_patches": "Int64"}).to_csv(part, index=False)
     return table
+
+
+def _failure(store: SlideStore) -> str | None:
+    """The reason, with the remedy for slides that are no cohort of the config."""
+    failure, cohort = store.attributes.failure, store.attributes.cohort
+    return None if failure is None else failure["reason"].replace(f"cohorts.{cohort}.mpp", f"predictions.{cohort}.mpp")
 
 
 def check_features(ensemble: Ensemble, store: SlideStore, record: Mapping[str, Any], tiling: Mapping[str, Any]) -> None:
