@@ -125,7 +125,9 @@ def _member(card: Mapping[str, Any], fold: int, seed: int, state: dict[str, Tens
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise InferenceError(f"{where}: the weights are not those of the model it describes ({error})") from error
+        raise InferenceError(
+            f"{where}: the weights are not those of the model it describes ({' '.join(str(error).split())})"
+        ) from error
     return Member(fold, seed, state_digest(state), model.eval())
 
 
