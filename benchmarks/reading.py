@@ -19,7 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
-import fastslide
 import imagecodecs
 import numpy as np
 import openslide
@@ -98,6 +97,8 @@ def by_pillow(slide: Slide, level: int, side: int) -> Read:
 
 
 def by_fastslide(path: Path, level: int, side: int) -> Read:
+    import fastslide  # which benchmarks.encoding, in need of our slide only, does without
+
     handle = fastslide.FastSlide.from_file_path(str(path))
 
     def read(x: int, y: int) -> np.ndarray:

@@ -13,6 +13,7 @@ from slidestore.settings import from_dict
 from slidestore.warm_start import run_warm, usage
 
 if TYPE_CHECKING:
+    from preprocessing.encode import SlideJob
     from slidestore.foreign import ForeignFiles
 
 # Each command imports its own stage: torch, which `encode` needs, costs the others seconds.
@@ -29,13 +30,32 @@ def tile(args: argparse.Namespace) -> None:
 
 
 def encode(args: argparse.Namespace) -> None:
-    from preprocessing.encode import encode_slide
+    from preprocessing.encode import encode_slides
     from preprocessing.encoders import EncoderSettings
     from preprocessing.patches import ReadingSettings
 
     settings = from_dict(EncoderSettings, args.settings, "encoder settings")
     reading = from_dict(ReadingSettings, args.reading, "reading settings")
-    encode_slide(args.slide, args.coords, args.record, settings, reading, args.output, args.threads)
+    encode_slides(slide_jobs(args), settings, reading, args.threads)
+
+
+def slide_jobs(args: argparse.Namespace) -> "list[SlideJob]":
+    from preprocessing.encode import SlideJob
+
+    one = {name: getattr(args, name) for name in ("slide", "coords", "record", "output")}
+    given = [f"--{name}" for name, value in one.items() if value is not None]
+    if args.jobs is None:
+        if len(given) < len(one):
+            raise SystemExit("encode needs --slide, --coords, --record and --output, or --jobs")
+        return [SlideJob(**one)]
+    if given:
+        raise SystemExit(f"encode takes --jobs or {', '.join(given)}, not both")
+    listed = json.loads(args.jobs.read_text(encoding="utf-8"))
+    where = f"{args.jobs}, job"
+    return [
+        from_dict(SlideJob, {key: Path(value) for key, value in job.items()}, f"{where} {number}")
+        for number, job in enumerate(listed, 1)
+    ]
 
 
 def import_tiles(args: argparse.Namespace) -> None:
@@ -86,12 +106,15 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("encode", help="turn the patches of a tiled slide into features")
     command.set_defaults(run=encode, preload=["preprocessing.encode", "zarr"])
-    command.add_argument("--slide", type=Path, required=True, help="file, or folder of a DICOM slide")
-    command.add_argument("--coords", type=Path, required=True, help="from tile")
-    command.add_argument("--record", type=Path, required=True, help="from tile")
+    command.add_argument("--slide", type=Path, help="file, or folder of a DICOM slide")
+    command.add_argument("--coords", type=Path, help="from tile")
+    command.add_argument("--record", type=Path, help="from tile")
+    command.add_argument("--output", type=Path, help="the store to write, .zarr.zip")
+    command.add_argument(
+        "--jobs", type=Path, help="instead of these four, many slides: a JSON list of objects with these four keys"
+    )
     command.add_argument("--settings", type=json.loads, required=True, help="encoder settings as JSON")
     command.add_argument("--reading", type=json.loads, default={}, help="how patches are read, as JSON")
-    command.add_argument("--output", type=Path, required=True, help="the store to write, .zarr.zip")
     command.add_argument("--threads", type=int, default=1, help="of the network and of the readers, each")
 
     command = commands.add_parser("import-tiles", help="take over the patches that another tool laid over a slide")

@@ -42,11 +42,11 @@ class JpegTiles:
         self._offsets = np.array(page.dataoffsets, np.int64)
         self._sizes = np.array(page.databytecounts, np.int64)
         self._file = file
-        self._jpeg = page.compression == tifffile.COMPRESSION.JPEG
+        self.is_jpeg = page.compression == tifffile.COMPRESSION.JPEG
         transform = b"\1" if page.photometric == tifffile.PHOTOMETRIC.YCBCR else b"\0"
         self._header = b"\xff\xd8" + ADOBE + transform + (page.jpegtables or b"\xff\xd8\xff\xd9")[2:-2]
         self.scales = [
-            k for k in (1, 2, 4, 8) if k == 1 or (self._jpeg and self.tile_width % k == self.tile_height % k == 0)
+            k for k in (1, 2, 4, 8) if k == 1 or (self.is_jpeg and self.tile_width % k == self.tile_height % k == 0)
         ]
 
     def decode(self, row: int, column: int, scale: int = 1) -> np.ndarray:
@@ -54,29 +54,48 @@ class JpegTiles:
 
         Raises DamagedTileError, MissingTileError.
         """
+        stream = self._fetch(row, column)
+        shape = (self.tile_height // scale, self.tile_width // scale, 3)
+        try:
+            if self.is_jpeg:
+                pixels: np.ndarray = simplejpeg.decode_jpeg(
+                    self._complete(stream), "RGB", min_height=shape[0], min_width=shape[1]
+                )
+            else:
+                pixels = imagecodecs.jpeg2k_decode(stream)
+            if pixels.shape != shape:
+                raise ValueError(f"{pixels.shape} pixels instead of {shape}")
+        except (ValueError, imagecodecs.Jpeg2kError) as error:
+            raise self._damaged(row, column, error) from error
+        return pixels
+
+    def jpeg(self, row: int, column: int) -> bytes:
+        """A tile as a JPEG file of its own. Raises DamagedTileError, MissingTileError."""
+        stream = self._fetch(row, column)
+        try:
+            return self._complete(stream)
+        except ValueError as error:
+            raise self._damaged(row, column, error) from error
+
+    def _fetch(self, row: int, column: int) -> bytes:
         tile = row * self.columns + column
         if self._sizes[tile] == 0:
             raise MissingTileError(f"tile {tile} is not in the file")
         stream = os.pread(self._file, int(self._sizes[tile]), int(self._offsets[tile]))
-        shape = (self.tile_height // scale, self.tile_width // scale, 3)
-        try:
-            if len(stream) < self._sizes[tile]:
-                raise ValueError("the file ends before it")
-            pixels = self._decode_jpeg(stream, shape) if self._jpeg else imagecodecs.jpeg2k_decode(stream)
-            if pixels.shape != shape:
-                raise ValueError(f"{pixels.shape} pixels instead of {shape}")
-        except (ValueError, imagecodecs.Jpeg2kError) as error:
-            raise DamagedTileError(f"tile {tile}, column {column}, row {row}: {error}") from error
-        return pixels
+        if len(stream) < self._sizes[tile]:
+            raise self._damaged(row, column, "the file ends before it")
+        return stream
 
-    def _decode_jpeg(self, stream: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    def _complete(self, stream: bytes) -> bytes:
         if stream[:2] != b"\xff\xd8":
             raise ValueError("no JPEG stream")
         body = stream[2:]
         while body[:1] == b"\xff" and 0xE0 <= body[1] <= 0xEF:  # JFIF's or another Adobe marker would overrule ours
             body = body[2 + int.from_bytes(body[2:4], "big") :]
-        pixels: np.ndarray = simplejpeg.decode_jpeg(self._header + body, "RGB", min_height=shape[0], min_width=shape[1])
-        return pixels
+        return self._header + body
+
+    def _damaged(self, row: int, column: int, error: object) -> DamagedTileError:
+        return DamagedTileError(f"tile {row * self.columns + column}, column {column}, row {row}: {error}")
 
 
 def jpeg_tiles(slide: Slide, level: int) -> JpegTiles | None:

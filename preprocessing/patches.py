@@ -5,6 +5,7 @@ area averaging. How the level is read is its `reader`:
 
   exact      from the slide's own JPEG or JPEG 2000 tiles where it has them: OpenSlide's pixels, bit for bit
   scaled     the same, but where the target is half as fine or less the decoder itself shrinks by 2, 4 or 8
+  nvjpeg     the same, decoded and shrunk on an NVIDIA GPU (preprocessing.nvjpeg): nearly OpenSlide's pixels
   openslide  by OpenSlide, which also reads what has no such tiles
 
 The tiles are trusted where they agree with OpenSlide on a seeded sample of the slide's patches, else OpenSlide reads
@@ -14,10 +15,12 @@ it. A patch that cannot be decoded costs itself, not the slide.
 import logging
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from itertools import islice
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -25,8 +28,10 @@ from preprocessing.errors import SlideError
 from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError, PlannedRegions, jpeg_tiles
 from preprocessing.slide import LEVEL_TOLERANCE, Slide, resize
 
-Reader = Literal["exact", "scaled", "openslide"]
+Reader = Literal["exact", "scaled", "nvjpeg", "openslide"]
+Result = TypeVar("Result")
 SAMPLE = 8  # patches of a slide that are read both ways
+OPENED_AHEAD = 2  # slides
 STRIP_PX = 16_384  # of the level: patches are read strip by strip, so that the tiles of a row of patches stay in memory
 
 log = logging.getLogger(__name__)
@@ -44,12 +49,32 @@ class ReadingSettings:
 class Batch:
     """Patches as they come: pixels (B, P, P, 3) uint8 RGB of the patches `rows` (B,) of the coordinates.
 
-    damaged: rows that were tried with these and could not be decoded.
+    pixels: an array, or, by nvjpeg, a tensor on the GPU. damaged: rows that were tried with these and could not be
+    decoded.
     """
 
     rows: np.ndarray
-    pixels: np.ndarray
+    pixels: Any
     damaged: np.ndarray
+
+
+def in_order(tasks: Iterable[Callable[[], Result]], threads: int) -> Iterator[Result]:
+    """What the tasks return, in their order; `threads` of them run ahead, so that threads + 1 results are held at most.
+
+    Tasks are taken from their iterable as late as can be; those that have not begun are dropped with the iterator.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        ahead: deque[Future[Result]] = deque()
+        try:
+            for task in tasks:
+                ahead.append(pool.submit(task))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 class PatchReader:
@@ -95,27 +120,24 @@ class PatchReader:
 
         At most threads + 1 batches are held. Raises SlideError as soon as more than max_damaged_share are damaged.
         """
-        strip = self.coords[:, 0] / self.downsample // STRIP_PX
-        order = np.lexsort((self.coords[:, 0], self.coords[:, 1], strip))
-        chunks = [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
-        with ThreadPoolExecutor(threads) as pool:
-            ahead: deque[Future[Batch]] = deque()
-            damaged = 0
-            try:
-                for chunk in [*chunks, *[None] * threads]:
-                    if chunk is not None:
-                        ahead.append(pool.submit(self._read_batch, chunk))
-                    if len(ahead) > threads or (chunk is None and ahead):
-                        batch = ahead.popleft().result()
-                        damaged += len(batch.damaged)
-                        self._check_share(damaged)
-                        yield batch
-            finally:
-                for future in ahead:
-                    future.cancel()
+        damaged = 0
+        for batch in in_order((partial(self.read_batch, rows) for rows in self.chunks(batch_size)), threads):
+            damaged += len(batch.damaged)
+            self.check_share(damaged)
+            yield batch
 
-    def _read_batch(self, rows: np.ndarray) -> Batch:
-        pixels = np.empty((len(rows), self.patch_px, self.patch_px, 3), np.uint8)
+    def chunks(self, batch_size: int) -> list[np.ndarray]:
+        """The rows of every batch, in the order in which they are best read."""
+        strip = self.coords[:, 0] / self.downsample // self._strip_px(batch_size)
+        order = np.lexsort((self.coords[:, 0], self.coords[:, 1], strip))
+        return [order[first : first + batch_size] for first in range(0, len(order), batch_size)]
+
+    def _strip_px(self, batch_size: int) -> int:
+        return STRIP_PX
+
+    def read_batch(self, rows: np.ndarray, empty: Callable[..., np.ndarray] = np.empty) -> Batch:
+        """The patches of these rows; `empty(shape, dtype)` gives the memory for their pixels."""
+        pixels = empty((len(rows), self.patch_px, self.patch_px, 3), np.uint8)
         readable = np.ones(len(rows), bool)
         for i, row in enumerate(rows.tolist()):
             try:
@@ -127,7 +149,8 @@ class PatchReader:
             return Batch(rows, pixels, rows[:0])
         return Batch(rows[readable], pixels[readable], rows[~readable])
 
-    def _check_share(self, damaged: int) -> None:
+    def check_share(self, damaged: int) -> None:
+        """SlideError where so many damaged patches are more than max_damaged_share of all."""
         allowed = self.settings.max_damaged_share
         if damaged > allowed * len(self.coords):
             raise SlideError(
@@ -185,3 +208,51 @@ class PatchReader:
                 largest = np.abs(found.astype(int) - expected).max()
                 return f"at {tuple(self.coords[row].tolist())} they differ by up to {largest} grey levels"
         return faulty[0] if len(faulty) > len(sample) / 2 else None
+
+
+@dataclass
+class Opened:
+    """A slide on its way through the readers."""
+
+    reader: PatchReader | None = None  # None where nothing is to be read
+    error: Exception | None = None  # why it is given up: what is not yet read of it is left out
+
+    def read(self, rows: np.ndarray, empty: Callable[..., np.ndarray]) -> Batch:
+        """An empty batch where the slide is given up."""
+        if self.error is None and self.reader is not None:
+            try:
+                return self.reader.read_batch(rows, empty)
+            except OSError as error:  # of the file system
+                self.error = error
+        return Batch(rows[:0], np.empty((0, 0, 0, 3), np.uint8), rows[:0])
+
+
+OpenedSlide = TypeVar("OpenedSlide", bound=Opened)
+
+
+def read_ahead(
+    openings: Iterable[Callable[[], OpenedSlide]],
+    batch_size: int,
+    threads: int,
+    empty: Callable[..., np.ndarray] = np.empty,
+) -> Generator[tuple[OpenedSlide, Batch | None], None, None]:
+    """All batches of all slides, slide after slide, and a None at the end of each.
+
+    `threads` read ahead, into the next slides, which one more thread opens; threads + 1 batches are held at most.
+    """
+
+    def read(slide: OpenedSlide, rows: np.ndarray | None) -> tuple[OpenedSlide, Batch | None]:
+        return slide, None if rows is None else slide.read(rows, empty)
+
+    def tasks(opener: ThreadPoolExecutor) -> Iterator[Callable[[], tuple[OpenedSlide, Batch | None]]]:
+        waiting = iter(openings)
+        opening = deque(opener.submit(task) for task in islice(waiting, OPENED_AHEAD))
+        while opening:
+            slide = opening.popleft().result()
+            opening.extend(opener.submit(task) for task in islice(waiting, 1))
+            for rows in slide.reader.chunks(batch_size) if slide.reader is not None else ():
+                yield partial(read, slide, rows)
+            yield partial(read, slide, None)
+
+    with ThreadPoolExecutor(1) as opener:
+        yield from in_order(tasks(opener), threads)

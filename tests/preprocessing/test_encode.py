@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,8 @@ import pytest
 import tifffile
 import torch
 
-from preprocessing.encode import encode_slide
+from preprocessing.__main__ import parser
+from preprocessing.encode import SlideJob, encode_slide, encode_slides
 from preprocessing.encoders import Encoder, EncoderSettings
 from preprocessing.patches import Reader, ReadingSettings
 from preprocessing.slide import open_slide
@@ -124,6 +126,54 @@ def test_coords_of_another_tiling_are_refused(tmp_path: Path) -> None:
     np.save(outputs.coords, np.load(outputs.coords)[1:])
     with pytest.raises(ValueError, match=r"S1.npy and .*S1.json are not of the same tiling: tile the slide again"):
         encode(path, outputs)
+
+
+def test_of_many_slides_a_bad_one_costs_only_itself(tmp_path: Path) -> None:
+    """One process: three good slides, one that tile failed, one that breaks, one whose files do not belong together."""
+    images = {name: blob(900 + 100 * i, 700, 250, seed=i) for i, name in enumerate(("a", "b", "c", "no-mpp", "broken"))}
+    jobs = {}
+    for name, image in images.items():
+        path = write_aperio(tmp_path / name / "slide.svs", image, mpp=None if name == "no-mpp" else 0.5)
+        outputs = tile(path)
+        jobs[name] = SlideJob(path, outputs.coords, outputs.record, tmp_path / f"{name}.zarr.zip")
+    jobs["mixed"] = SlideJob(jobs["a"].slide, jobs["b"].coords, jobs["a"].record, tmp_path / "mixed.zarr.zip")
+    jobs["gone"] = SlideJob(tmp_path / "none.svs", jobs["b"].coords, jobs["b"].record, tmp_path / "gone.zarr.zip")
+    jobs["broken"].slide.write_bytes(jobs["broken"].slide.read_bytes()[:3000])
+
+    with pytest.raises(ValueError, match=r"2 of 7 slides were not encoded: .*not of the same tiling.*none\.svs"):
+        encode_slides([jobs[n] for n in ("mixed", "a", "broken", "gone", "b", "no-mpp", "c")], TINY, ReadingSettings())
+    for name in ("a", "b", "c", "no-mpp", "broken"):
+        job = jobs[name]
+        together = job.output.read_bytes()
+        encode_slide(job.slide, job.coords, job.record, TINY, ReadingSettings(), job.output)
+        assert together == job.output.read_bytes()
+    stages = {name: open_store(jobs[name].output).attributes.failure for name in ("a", "no-mpp", "broken")}
+    assert {name: failure and failure["stage"] for name, failure in stages.items()} == {
+        "a": None, "no-mpp": "tile", "broken": "encode",
+    }  # fmt: skip
+    assert not jobs["mixed"].output.exists()
+    assert not jobs["gone"].output.exists()
+
+
+def test_a_list_of_jobs_on_the_command_line(tmp_path: Path) -> None:
+    path = write_aperio(tmp_path / "a.svs", blob(900, 700, 250))
+    outputs = tile(path)
+    names = ("slide", "coords", "record", "output")
+    given = [dict(zip(names, map(str, (path, *outputs.__dict__.values())), strict=False)) for _ in range(2)]
+    for number, job in enumerate(given):
+        job["output"] = str(tmp_path / f"{number}.zarr.zip")
+    (tmp_path / "jobs.json").write_text(json.dumps(given))
+    command = ["encode", "--jobs", str(tmp_path / "jobs.json"), "--settings", json.dumps(asdict(TINY))]
+    args = parser().parse_args(command)
+    args.run(args)
+    assert (tmp_path / "0.zarr.zip").read_bytes() == (tmp_path / "1.zarr.zip").read_bytes()
+
+    args = parser().parse_args([*command, "--slide", "a.svs"])
+    with pytest.raises(SystemExit, match="--jobs or --slide, not both"):
+        args.run(args)
+    (tmp_path / "jobs.json").write_text(json.dumps([given[0], {**given[1], "slides": "a.svs"}]))
+    with pytest.raises(ValueError, match=r"jobs.json, job 2: unknown key 'slides'; did you mean 'slide'"):
+        parser().parse_args(command).run(parser().parse_args(command))
 
 
 def test_an_encoder_that_does_not_fit_stops_the_job(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """The pixels of patches: the right places, OpenSlide's values, and what damage costs."""
 
+import threading
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
@@ -11,7 +14,7 @@ from hypothesis import strategies as st
 from preprocessing import jpeg_tiles
 from preprocessing.errors import SlideError
 from preprocessing.grid import whole_grid
-from preprocessing.patches import PatchReader, Reader, ReadingSettings
+from preprocessing.patches import Batch, Opened, PatchReader, Reader, ReadingSettings, read_ahead
 from preprocessing.slide import open_slide
 from tests.slides import PINK, blob, tissue, write_aperio, write_tiled
 
@@ -140,3 +143,45 @@ def test_too_many_damaged_patches_stop_the_batches(tmp_path: Path, monkeypatch: 
     with pytest.raises(SlideError, match="8 of 100 patches or more cannot be decoded"):
         list(reader.batches(8, 2))
     assert len(read) < 100
+
+
+def test_readers_run_into_the_next_slides(tmp_path: Path) -> None:
+    """While the first slide's first batch is looked at, the second one is being read and the third one is open."""
+    path = write_aperio(tmp_path / "a.svs", blob(900, 700, 250))
+    seen: list[str] = []
+    second_is_read, third_is_open = threading.Event(), threading.Event()
+
+    class Slow(Opened):
+        def __init__(self, name: str) -> None:
+            super().__init__(PatchReader(open_slide(path, "S1", "a"), np.full((8, 2), 300), 64, 0.5))
+            self.name = name
+            if name == "third":
+                third_is_open.set()
+
+        def read(self, rows: np.ndarray, empty: Callable[..., np.ndarray]) -> Batch:
+            seen.append(f"read {self.name}")
+            if self.name == "second":
+                second_is_read.set()
+            return super().read(rows, empty)
+
+    pieces = read_ahead([partial(Slow, name) for name in ("first", "second", "third", "fourth")], 8, 2)
+    slide, batch = next(pieces)
+    assert second_is_read.wait(10)
+    assert third_is_open.wait(10)
+    assert slide.name == "first"
+    assert batch is not None
+    assert len(batch.rows) == 8
+    assert "read third" not in seen
+    rest = [(slide.name, batch is None) for slide, batch in pieces]
+    assert rest == [("first", True), *[(n, last) for n in ("second", "third", "fourth") for last in (False, True)]]
+
+
+def test_a_slide_that_is_given_up_is_not_read_on(tmp_path: Path) -> None:
+    path = write_aperio(tmp_path / "a.svs", blob(900, 700, 250))
+    slides = [Opened(PatchReader(open_slide(path, "S1", "a"), np.full((40, 2), 300), 64, 0.5)) for _ in range(2)]
+    found: dict[int, int] = {0: 0, 1: 0}
+    for slide, batch in read_ahead([lambda s=s: s for s in slides], 1, 1):
+        found[slides.index(slide)] += 0 if batch is None else len(batch.rows)
+        slides[0].error = SlideError("enough")
+    assert found[0] <= 3
+    assert found[1] == 40

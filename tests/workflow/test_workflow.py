@@ -222,6 +222,11 @@ def test_tissue_threshold_of_one_cohort(project: Path) -> None:
     )  # fmt: skip
 
 
+def test_number_of_readers(project: Path) -> None:
+    edit(project, lambda c: c.update(reading={"threads": 2}))
+    assert plan(project) == set()
+
+
 def test_encoder(project: Path) -> None:
     edit(project, lambda c: c["encoders"]["tiny"].update(seed=1))
     assert plan(project) == EVERYTHING - TILE - CONTACTS - GROUP

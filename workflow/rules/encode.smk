@@ -10,7 +10,7 @@ rule encode_slide:
         cohort=one_of(TILED),
     conda:
         "../../envs/preprocessing.yaml"
-    threads: 1
+    threads: CONFIG.reading.get("threads", 8 if ONE_MACHINE and HAS_GPU else 1)
     resources:
         mem_mb=growing(4000),
         runtime=growing(120),

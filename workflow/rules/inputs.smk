@@ -52,7 +52,8 @@ def encoder_settings(wildcards):
 
 
 def reading_settings(wildcards):
-    return json.dumps(CONFIG.reading, sort_keys=True)
+    """Not the number of threads: the pixels are the same."""
+    return json.dumps({name: value for name, value in CONFIG.reading.items() if name != "threads"}, sort_keys=True)
 
 
 def weights_version(wildcards):
