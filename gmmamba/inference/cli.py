@@ -69,13 +69,15 @@ def export_model(options: argparse.Namespace) -> None:
     run(load_ensemble(options.model, options.runs), options.output, options.with_encoder)
 
 
-def predict(options: argparse.Namespace) -> None:
+def predict(options: argparse.Namespace) -> int:
     from gmmamba.inference.command import predict as run
 
-    print(run(
+    said, any_predicted = run(
         options.model, options.slides, options.output, options.runs, options.like, options.mpp, options.encoder_weights,
         options.prepared, options.threads, options.contribution_steps, options.top,
-    ))  # fmt: skip
+    )  # fmt: skip
+    print(said)
+    return 0 if any_predicted or options.prepared else 1
 
 
 def localise(options: argparse.Namespace) -> None:

@@ -24,8 +24,8 @@ def predict(
     threads: int = 1,
     contribution_steps: int = 16,
     top: int = 8,
-) -> str:
-    """Predict the slides of `source` and write `output`; what to say of it, in words.
+) -> tuple[str, bool]:
+    """Predict the slides of `source` and write `output`; what to say of it, and whether any slide could be predicted.
 
     runs: of an experiment these only. like: the cohort whose tiling to follow. mpp: of slides whose sheet gives none,
     µm per pixel of level 0.
@@ -47,7 +47,7 @@ def predict(
     lines += [f"  {row.slide_id}: failed: {row.reason}" for row in table[table["status"] == "failed"].itertuples()]
     if known := list(predicted.loc[predicted["in_training"] == "yes", "slide_id"]):
         lines.append(f"Part of the dataset that the models are from, so no independent prediction: {', '.join(known)}")
-    return "\n".join(lines)
+    return "\n".join(lines), not predicted.empty
 
 
 def _weights(encoder: Mapping[str, Any], sha256: str, output: Path, given: Path | None, content: bytes | None) -> str:

@@ -92,15 +92,14 @@ def predict_slides(
                 f"slide {slide.slide_id} has the label {slide.label!r}, the model's classes are {', '.join(classes)}: "
                 "mend the sheet, or take the column out"
             )
-    if not prepared:
-        preparation.begin()
+    problems = {} if prepared else preparation.prepare(slides)
     device = choose_device()
     make_repeatable(ensemble.members[0].seed, preparation.threads)
     for member in ensemble.members:
         member.model.to(device)
     rows, of_members = [], []
-    for slide in tqdm(slides, "slides", unit="slide", disable=None):
-        problem = None if prepared else preparation.prepare(slide)
+    for slide in tqdm(slides, "predicting", unit="slide", disable=None):
+        problem = problems.get(slide.slide_id)
         row: dict[str, Any] = {"slide_id": slide.slide_id, "path": slide.path, "status": "failed", "reason": problem}
         if problem is None:
             store = open_store(preparation.store(slide.slide_id), ensemble.card["encoder"])
@@ -114,7 +113,6 @@ def predict_slides(
             row |= {"status": "predicted", **_row(found, ensemble, record)}
             of_members += _member_rows(found, ensemble)
         else:
-            log.warning("slide %s failed: %s", slide.slide_id, row["reason"])
             shutil.rmtree(preparation.output / "slides" / slide.slide_id, ignore_errors=True)  # of an earlier run
         rows.append(row)
     if not prepared and (problem := preparation.picture_patches()) is not None:

@@ -11,12 +11,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from tqdm import tqdm
 
 from gmmamba.cohort import MASK_SUFFIXES, SAFE_ID, Slide
 from gmmamba.sheets import SLIDE_SUFFIXES, find_slides, safe_ids
@@ -25,6 +27,7 @@ from slidestore.atomic import replace_when_whole
 from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[2]
+COORDS_AND_RECORD = {"coords": ".npy", "record": ".json"}
 
 
 class SlidesError(StoreError):
@@ -118,7 +121,7 @@ class Preparation:
     def store(self, slide_id: str) -> Path:
         return self.output / "features" / self.encoder["name"] / f"{slide_id}.zarr.zip"
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Forget the tiles and features that are here from other settings."""
         settings = {"tiling": self.tiling, "reading": self.reading, "encoder": self.encoder}
         path, text = self.output / "preparation.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
@@ -129,15 +132,47 @@ class Preparation:
         with replace_when_whole(path) as part:
             part.write_text(text)
 
-    def prepare(self, slide: Slide) -> str | None:
-        """Tile and encode one slide where that is not done; what went wrong, if something did, in one line.
+    def prepare(self, slides: Sequence[Slide]) -> dict[str, str]:
+        """Tile and encode the slides where that is not done; what went wrong, a line each, by slide.
 
         Raises SlidesError where it is the encoder that cannot be used: no slide will do better.
         """
-        name = slide.slide_id
-        record = self.tiles(name, ".json")
-        scale = [] if slide.mpp is None else ["--mpp", repr(slide.mpp), "--mpp-source", slide.mpp_source or "sheet"]
+        self._begin()
+        problems = {}
+        for slide in tqdm(slides, "tiling", unit="slide", disable=None):
+            if (problem := self._tile(slide)) is not None:
+                problems[slide.slide_id] = problem
+        tiled = [slide for slide in slides if slide.slide_id not in problems]
+        waiting = [slide for slide in tiled if not self._is_encoded(slide.slide_id)]
+        # The first by itself: what is wrong with the encoder is then known before the others are encoded with it.
+        for some in (waiting[:1], waiting[1:]):
+            if not some:
+                continue
+            said = self._encode(some)
+            for slide in some:
+                store = self.store(slide.slide_id)
+                if not store.is_file():
+                    if said.startswith("ValueError: ") and some == waiting[:1]:
+                        raise SlidesError(said.removeprefix("ValueError: "))
+                    problems[slide.slide_id] = said
+                elif (failure := open_store(store).attributes.failure) is not None:
+                    problems[slide.slide_id] = failure["reason"]
+                elif not self._is_encoded(slide.slide_id):
+                    raise SlidesError(self._other_weights(open_store(store).attributes.encoder_weights_sha256 or ""))
+        return problems
+
+    def _other_weights(self, sha256: str) -> str:
+        name, model, weights = (self.encoder[key] for key in ("name", "model", "weights"))
+        return (
+            f"the encoder {name} ({model}, weights {weights}) has other weights here ({sha256[:12]}) than in training"
+            f" ({self.encoder_sha256[:12]}): take the file that training used (--encoder-weights), or the same versions"
+            " of torch and timm"
+        )
+
+    def _tile(self, slide: Slide) -> str | None:
+        name, record = slide.slide_id, self.tiles(slide.slide_id, ".json")
         if not self._is_tiled(slide):
+            scale = [] if slide.mpp is None else ["--mpp", repr(slide.mpp), "--mpp-source", slide.mpp_source or "sheet"]
             mask = [] if slide.mask is None else [f"--tissue-mask={slide.mask}"]
             places = [
                 f"--{place}={self.tiles(name, suffix)}"
@@ -145,27 +180,43 @@ class Preparation:
                                       "mask": ".mask.png", "contours": ".geojson"}.items()
             ]  # fmt: skip
             given = [f"--slide={slide.path}", "--slide-id", name, "--cohort", "new", *scale, *mask]
-            problem = self._run("tile", name, [*given, "--settings", json.dumps(dict(self.tiling)), *places])
-            if problem is not None:
-                return problem
+            with self._running("tile", name, [*given, "--settings", json.dumps(dict(self.tiling)), *places]) as run:
+                if run.wait():
+                    return self._last_line("tile", name)
         found = json.loads(record.read_text(encoding="utf-8"))
-        if found["status"] == "failed":
-            return str(found["reason"]).replace("set cohorts.new.mpp", "give --mpp")
-        if not self._is_encoded(name, found):
-            tiled = [f"--slide={slide.path}", f"--coords={self.tiles(name, '.npy')}", f"--record={record}"]
-            settings = ["--settings", json.dumps(dict(self.encoder)), "--reading", json.dumps(dict(self.reading))]
-            rest = ["--threads", str(self.threads), f"--output={self.store(name)}"]
-            problem = self._run("encode", name, [*tiled, *settings, *rest])
-            if problem is not None and problem.startswith("ValueError: "):
-                raise SlidesError(problem.removeprefix("ValueError: "))
-            if problem is not None:
-                return problem
-        failure = open_store(self.store(name)).attributes.failure
-        return None if failure is None else str(failure["reason"])
+        if found["status"] == "ok":
+            return None
+        return str(found["reason"]).replace("set cohorts.new.mpp", "give --mpp")
+
+    def _encode(self, slides: Sequence[Slide]) -> str:
+        """Encode tiled slides in one process; the last line that it said."""
+        jobs = []
+        for slide in slides:
+            self.store(slide.slide_id).unlink(missing_ok=True)
+            tiled = {name: self.tiles(slide.slide_id, suffix) for name, suffix in COORDS_AND_RECORD.items()}
+            places = {"slide": slide.path, **tiled, "output": self.store(slide.slide_id)}
+            jobs.append({key: str(path) for key, path in places.items()})
+        listed = self.output / "logs" / "encode.jobs.json"
+        with replace_when_whole(listed) as part:
+            part.write_text(json.dumps(jobs, indent=2) + "\n", encoding="utf-8")
+        settings = ["--settings", json.dumps(dict(self.encoder)), "--reading", json.dumps(dict(self.reading))]
+        with (
+            self._running("encode", "all", [f"--jobs={listed}", *settings, "--threads", str(self.threads)]) as run,
+            tqdm(total=len(slides), desc="encoding", unit="slide", disable=None) as bar,
+        ):
+            while True:
+                try:
+                    run.wait(timeout=0.5)
+                except subprocess.TimeoutExpired:
+                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
+                else:
+                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
+                    return self._last_line("encode", "all")
 
     def picture_patches(self) -> str | None:
-        """The pictures of the patches that the predictions in `output` name."""
-        return self._run("picture-patches", "all", [f"--predictions={self.output}"])
+        """Have the pictures made of the patches that the predictions in `output` name; what went wrong, if it did."""
+        with self._running("picture-patches", "all", [f"--predictions={self.output}"]) as run:
+            return self._last_line("picture-patches", "all") if run.wait() else None
 
     def _is_tiled(self, slide: Slide) -> bool:
         record = self.tiles(slide.slide_id, ".json")
@@ -180,7 +231,8 @@ class Preparation:
             and (found["mpp_source"] == "file" if slide.mpp is None else found["level0_mpp"] == slide.mpp)
         )
 
-    def _is_encoded(self, slide_id: str, record: Mapping[str, Any]) -> bool:
+    def _is_encoded(self, slide_id: str) -> bool:
+        record = json.loads(self.tiles(slide_id, ".json").read_text(encoding="utf-8"))
         try:
             attributes = open_store(self.store(slide_id), self.encoder["name"]).attributes
         except (StoreError, FileNotFoundError):
@@ -188,16 +240,24 @@ class Preparation:
         hashes = attributes.tiling_hash, attributes.encoder_weights_sha256
         return attributes.failure is None and hashes == (record["tiling_hash"], self.encoder_sha256)
 
-    def _run(self, stage: str, slide_id: str, arguments: Sequence[str]) -> str | None:
-        """Run one stage with its output in a log; the last line that it said, if it failed."""
-        log = self.output / "logs" / stage / f"{slide_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+    @contextmanager
+    def _running(self, stage: str, name: str, arguments: Sequence[str]) -> Iterator[subprocess.Popen[bytes]]:
+        """One stage in a process of its own, its output in a log."""
         paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        environment = {OWNER: str(os.getpid()), **os.environ, "PYTHONPATH": paths}  # torch is then imported once
-        with log.open("w") as file:
-            command = [sys.executable, "-m", "preprocessing", stage, *arguments]
-            status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-        if status == 0:
-            return None
-        said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        return said[-1].strip() if said else f"{stage} ended with status {status} ({log})"
+        environment = {OWNER: str(os.getpid()), **os.environ, "PYTHONPATH": paths}  # tiling is then imported once
+        log = self._log(stage, name)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "preprocessing", stage, *arguments]
+        with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file, env=environment) as run:
+            try:
+                yield run
+            except BaseException:
+                run.kill()
+                raise
+
+    def _log(self, stage: str, name: str) -> Path:
+        return self.output / "logs" / stage / f"{name}.log"
+
+    def _last_line(self, stage: str, name: str) -> str:
+        lines = [line for line in self._log(stage, name).read_text(errors="replace").splitlines() if line.strip()]
+        return lines[-1].strip() if lines else f"{stage} ended without a word: {self._log(stage, name)}"

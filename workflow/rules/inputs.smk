@@ -308,7 +308,7 @@ def pipeline_settings(wildcards):
     encoder = CONFIG.encoders.get(dataset.encoder)
     settings = {
         "tiling": {name: CONFIG.cohorts[name].tiling for name in dataset.cohorts if name in TILED},
-        "reading": CONFIG.reading,
+        "reading": json.loads(reading_settings(wildcards)),
         "encoder": encoder and {"name": dataset.encoder, **encoder},
     }
     return json.dumps(settings, sort_keys=True)
