@@ -56,7 +56,8 @@ class Pipeline:
 
 def slide_mark(source: Mapping[str, Any]) -> str:
     """Sixteen hex digits that tell a slide's content, not its name, from the `source` of its store."""
-    return hashlib.sha256(f"{source.get('size')}:{source.get('quickhash')}".encode()).hexdigest()[:16]
+    text = f"{source.get('size')}:{source.get('quickhash') or source.get('name')}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def record_pipeline(
