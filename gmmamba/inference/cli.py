@@ -34,14 +34,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--encoder-weights", type=Path, metavar="FILE", help="where they are now, if not where they were")
     sub.add_argument("--prepared", action="store_true", help="tiles and features are in the output folder already")
     sub.add_argument("--threads", type=int, default=1, help="1, as the stages: more may change the last bits")
-    sub.add_argument("--contribution-steps", type=int, default=16, metavar="N", help="of the integral; 0: none")
+    sub.add_argument("--quick", action="store_true", help="show attention alone: no contributions, no evidence")
     sub.add_argument("--top", type=int, default=8, metavar="K", help="patches of highest and of lowest contribution")
 
     sub = command("localise", localise, "measure how well the maps of an experiment find known foci", PREDICTING)
     sub.add_argument("folder", type=Path, help="of an experiment, one of its runs, or one that predict wrote")
     sub.add_argument("--foci", type=Path, required=True, help="CSV: slide_id, x, y and tile_px or radius_px")
     sub.add_argument("--min-share", type=float, default=0.25, help="of a patch's area in foci that makes it positive")
-    sub.add_argument("--contribution-steps", type=int, default=16, metavar="N", help="of the integral")
     sub.add_argument("--output", type=Path, required=True, help="CSV, a row a slide and run")
 
 
@@ -74,7 +73,7 @@ def predict(options: argparse.Namespace) -> int:
 
     said, any_predicted = run(
         options.model, options.slides, options.output, options.runs, options.like, options.mpp, options.encoder_weights,
-        options.prepared, options.threads, options.contribution_steps, options.top,
+        options.prepared, options.threads, options.quick, options.top,
     )  # fmt: skip
     print(said)
     return 0 if any_predicted or options.prepared else 1
@@ -83,4 +82,4 @@ def predict(options: argparse.Namespace) -> int:
 def localise(options: argparse.Namespace) -> None:
     from gmmamba.inference.localise import localise as run
 
-    print(run(options.folder, options.foci, options.output, options.min_share, options.contribution_steps))
+    print(run(options.folder, options.foci, options.output, options.min_share))

@@ -22,7 +22,7 @@ def predict(
     encoder_weights: Path | None = None,
     prepared: bool = False,
     threads: int = 1,
-    contribution_steps: int = 16,
+    quick: bool = False,
     top: int = 8,
 ) -> tuple[str, bool]:
     """Predict the slides of `source` and write `output`; what to say of it, and whether any slide could be predicted.
@@ -30,7 +30,7 @@ def predict(
     runs: of an experiment these only. like: the cohort whose tiling to follow. mpp: of slides whose sheet gives none,
     µm per pixel of level 0.
     encoder_weights: the file of the encoder's weights, where it is not at the place that training had it. prepared:
-    tiles and features of the slides are in `output` already.
+    tiles and features of the slides are in `output` already. quick: attention is all that is shown.
     """
     ensemble = load_ensemble(model, runs)
     slides = list_slides(source, mpp)
@@ -40,7 +40,7 @@ def predict(
     if not prepared:
         encoder = {**encoder, "weights": _weights(encoder, sha, output, encoder_weights, ensemble.encoder_file)}
     preparation = Preparation(output, tiling, ensemble.pipeline.reading, encoder, sha, threads)
-    table = predict_slides(ensemble, slides, preparation, prepared, contribution_steps, top)
+    table = predict_slides(ensemble, slides, preparation, prepared, quick, top)
     predicted = table[table["status"] == "predicted"]
     lines = [f"{len(predicted)} of {len(table)} slides predicted by {len(ensemble.members)} models: {output}"]
     lines += [f"  {row.slide_id}: {row.predicted}" for row in predicted.itertuples()]

@@ -13,6 +13,9 @@ of the result (`residual`). What x_i is depends on the model:
                carry a patch along to its neighbours, and the credit with it.
   all others   the patch's features. Also GMMamba with pooling "max", which has no attention to hold.
 
+Evidence is what the model says of each patch alone: the log-odds of a slide that has only this one. Exact, for every
+model alike, and it sums to nothing: many patches may say the same.
+
 Group contributions are by leaving out: the log-odds of the slide less those of the slide without the group's patches.
 Each is exact, they do not sum to anything.
 
@@ -29,6 +32,9 @@ from torch import Tensor
 
 from gmmamba.models.bag import Bag, MILModel, MILOutput
 from gmmamba.models.gmmamba import GMMamba
+
+STEPS = 16  # points of the quadrature
+TOGETHER = 1024  # patches whose evidence is found at once: memory grows with the square
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ def log_odds(logits: Tensor, target: int) -> Tensor:
     return logits[0, target] - rest.logsumexp(0)
 
 
-def patch_contributions(model: MILModel, bag: Bag, output: MILOutput, target: int, steps: int) -> Contributions:
+def patch_contributions(model: MILModel, bag: Bag, output: MILOutput, target: int, steps: int = STEPS) -> Contributions:
     """Contributions of the patches to the log-odds of `target`, by Gauss-Legendre quadrature with `steps` points.
 
     The model is in evaluation mode, on the bag's device; bag.features is (N, D) float32; `output` is what the model
@@ -104,6 +110,32 @@ def _integrated_gradient(
         total += weight / 2 * gradient.double()
     with torch.no_grad():
         return total, odds(start.contiguous()).item()
+
+
+@torch.no_grad()
+def patch_evidence(model: MILModel, bag: Bag, target: int) -> NDArray[np.float64]:
+    """(N,): the log-odds of `target` of a slide that has only this patch; model and bag as above."""
+    if isinstance(model, GMMamba):
+        return _evidence_in_groups_of_one(model, bag, target)
+    alone = bag.groups is not None
+    found = []
+    for i in range(len(bag.features)):
+        groups = torch.zeros(1, dtype=torch.long, device=bag.features.device) if alone else None
+        found.append(
+            log_odds(model(Bag(bag.features[i : i + 1], bag.coords[i : i + 1], groups)).logits.double(), target)
+        )
+    return torch.stack(found).cpu().numpy()
+
+
+def _evidence_in_groups_of_one(model: GMMamba, bag: Bag, target: int) -> NDArray[np.float64]:
+    """A group is a sequence of its own: as many slides of one patch as fit go through the scans together."""
+    found = []
+    for some in bag.features.split(TOGETHER):
+        rows, _ = model.imm(some, torch.ones(len(some), dtype=torch.long, device=some.device))
+        for row in rows.split(1):
+            logits, _ = model.cls(row if model.css is None else model.css(row)[0], row)
+            found.append(log_odds(logits.double(), target))
+    return torch.stack(found).cpu().numpy()
 
 
 @torch.no_grad()

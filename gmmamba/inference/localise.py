@@ -23,24 +23,24 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
 from gmmamba.data import BagReader, load_bags
-from gmmamba.inference.explain import patch_contributions
+from gmmamba.inference.explain import patch_contributions, patch_evidence
 from gmmamba.inference.model_file import run_folders
 from gmmamba.inference.pipeline import InferenceError
 from gmmamba.prediction import choose_device, load_model, make_repeatable
 from slidestore.atomic import replace_when_whole
 
 SAMPLES = 16  # points along a side of a patch, by which its area in foci is measured
-MAPS = ("attention", "contribution")
+MAPS = ("attention", "contribution", "evidence")
 
 
-def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25, steps: int = 16) -> str:
+def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25) -> str:
     """Write the CSV, and return the means over slides in words. InferenceError where nothing can be measured."""
     table = pd.read_csv(foci, dtype={"slide_id": str})
     if not {"slide_id", "x", "y"} <= set(table) or not {"tile_px", "radius_px"} & set(table):
         raise InferenceError(f"{foci} must have the columns slide_id, x, y and tile_px or radius_px, not {list(table)}")
     of_slide = {str(slide_id): rows for slide_id, rows in table.groupby("slide_id")}
     of_predictions = (folder / "predictions.csv").is_file() and (folder / "slides").is_dir()
-    maps = _of_predictions(folder, of_slide) if of_predictions else _of_runs(folder, of_slide, steps)
+    maps = _of_predictions(folder, of_slide) if of_predictions else _of_runs(folder, of_slide)
     rows = []
     for row, coords, side, values in maps:
         positive = in_foci(coords, side, of_slide[row["slide_id"]]) >= min_share
@@ -90,7 +90,7 @@ def _of_predictions(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[
         yield {"slide_id": slide_id}, table[["x", "y"]].to_numpy(np.int32), record["patch_px_level0"], values
 
 
-def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame], steps: int) -> Iterator[Measured]:
+def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measured]:
     runs = run_folders(folder)
     if not runs:
         raise InferenceError(f"{folder} holds no trained model and no predictions: give results/DATASET/EXPERIMENT")
@@ -115,7 +115,8 @@ def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame], steps: int) -> Iter
             values = {}
             if output.attention is not None:
                 values["attention"] = output.attention.double().cpu().numpy()
-            values["contribution"] = patch_contributions(model, bag, output, item.label, steps).values
+            values["contribution"] = patch_contributions(model, bag, output, item.label).values
+            values["evidence"] = patch_evidence(model, bag, item.label)
             side = item.store.attributes.patch_px_level0
             assert side is not None
             row = {"slide_id": item.slide_id, "fold": card["fold"], "seed": card["seed"]}

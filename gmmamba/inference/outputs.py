@@ -1,8 +1,10 @@
 """What is written of one predicted slide, into its folder (docs/predict.md says how to read it).
 
 record.json          versions, hashes, settings, logits and probabilities of every model
-patches.csv          a row a patch: `x, y` (level-0 pixels), `attention`, `contribution`, `group`, `kept`
+patches.csv          a row a patch: `x, y` (level-0 pixels), `attention`, `contribution`, `evidence`, `group`,
+                     `kept`
 heatmap.png          the map of contributions, or of attention where there are none
+evidence.png         the map of evidence
 attention.png        the map of attention
 groups.png           the groups with their importance
 annotations.geojson  for QuPath: outlines of groups, the patches of highest and lowest contribution
@@ -77,6 +79,8 @@ def patch_table(found: Prediction) -> pd.DataFrame:
         columns["attention"] = found.attention
     if found.contribution is not None:
         columns["contribution"] = found.contribution
+    if found.evidence is not None:
+        columns["evidence"] = found.evidence
     if found.bag.groups is not None:
         columns["group"] = found.bag.groups.numpy()
     if found.kept is not None:
@@ -114,11 +118,15 @@ def _write_pictures(folder: Path, found: Prediction, ensemble: Ensemble, prepara
         name = classes[found.target]
         title = f"{said}. What each patch adds to the log-odds of {name}"
         pictures["heatmap.png"] = drawn.contribution(found.contribution, name, title)
+        assert found.evidence is not None
+        title = f"{said}. Log-odds of {name} of each patch alone"
+        pictures["evidence.png"] = drawn.contribution(found.evidence, name, title)
     elif found.attention is not None:
         pictures["heatmap.png"] = pictures["attention.png"]
     if found.bag.groups is not None:
         title = f"{said}. Groups" + (", with their importance" if found.attention is not None else "")
-        pictures["groups.png"] = drawn.groups(found.bag.groups.numpy(), _importance(found), title)
+        title += "; pale: dropped by the mask" if found.kept is not None and found.kept.min() < 1 else ""
+        pictures["groups.png"] = drawn.groups(found.bag.groups.numpy(), _importance(found), found.kept, title)
     for file, picture in pictures.items():
         with replace_when_whole(folder / file) as part:
             picture.save(part, format="PNG", optimize=True)
@@ -147,7 +155,9 @@ def _write_maps(folder: Path, found: Prediction, table: pd.DataFrame, measure: s
     assert size[0] is not None
     assert size[1] is not None
     assert attributes.level0_mpp is not None
-    values = {name: table[name].to_numpy() for name in ("contribution", "attention", "kept") if name in table}
+    values = {
+        name: table[name].to_numpy() for name in ("contribution", "evidence", "attention", "kept") if name in table
+    }
     if found.attention is not None:
         values["attention"] = _relative(found)
     colours = contribution_colours(values[measure])[0] if measure == "contribution" else None
@@ -187,7 +197,7 @@ def _write_annotations(
     boxes = patch_boxes(store.coords, side)
     for (end, chosen), colour in zip(ends.items(), (HIGHEST, LOWEST), strict=False):
         for rank, i in enumerate(chosen, start=1):
-            measured = {name: table[name][i] for name in ("contribution", "attention") if name in table}
+            measured = {name: table[name][i] for name in ("contribution", "evidence", "attention") if name in table}
             kind = f"{end.capitalize()} {measure}"
             features.append(feature(slide_id, "annotation", f"{kind} {rank}", boxes[i], measured, kind, colour))
     _write_json(folder / "annotations.geojson", collection(features))

@@ -77,15 +77,18 @@ class SlideMap:
         return _with_scale(painted, title, VIRIDIS, ("0", f"{top:.3g} times the mean patch"))
 
     def contribution(self, values: NDArray[np.float64], name: str, title: str) -> Image.Image:
-        """values (N,): what each patch adds to the log-odds of the class `name`."""
+        """values (N,): log-odds of the class `name`, or what each patch adds to them."""
         colours, top = contribution_colours(values)
         painted = self.paint(colours, 0.25 + 0.65 * np.abs(values) / top)
         return _with_scale(painted, title, DIVERGING, (f"against {name}: -{top:.3g}", f"for {name}: +{top:.3g}"))
 
-    def groups(self, labels: NDArray[np.int64], importance: dict[int, float], title: str) -> Image.Image:
-        """Each group (labels (N,)) in a colour, with its number and, if known, its importance in percent."""
+    def groups(
+        self, labels: NDArray[np.int64], importance: dict[int, float], kept: NDArray[np.float64] | None, title: str
+    ) -> Image.Image:
+        """Each group (labels (N,)) in a colour, with its number and, if known, its importance in percent; the less of
+        the models keep a patch (kept (N,), 0 to 1), the paler it is."""
         palette = np.array([group_colour(label) for label in range(labels.max() + 1)], np.uint8)
-        image = self.paint(palette[labels], np.full(len(labels), 0.6))
+        image = self.paint(palette[labels], np.full(len(labels), 0.6) if kept is None else 0.15 + 0.45 * kept)
         draw = ImageDraw.Draw(image)
         for label in np.unique(labels):
             members = labels == label

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from gmmamba.cohort import Slide
 from gmmamba.data import BagReader, LabelledBag
 from gmmamba.grouping import group_coords, group_features, parse_grouping
-from gmmamba.inference.explain import Contributions, group_contributions, patch_contributions
+from gmmamba.inference.explain import Contributions, group_contributions, patch_contributions, patch_evidence
 from gmmamba.inference.model_file import Ensemble
 from gmmamba.inference.outputs import write_slide
 from gmmamba.inference.pipeline import InferenceError, slide_mark
@@ -47,8 +47,8 @@ class Prediction:
 
     logits (M, C) float32, probabilities (M, C) float64 of the M models; attention (N,) the mean of theirs, each summing
     to 1, or None; kept (N,) the share of models whose mask kept the patch, None without masks. target: the class that
-    contributions are of, the second of two, else the predicted one. contributions: one a model, empty if not asked for;
-    group_contributions: by group, the mean over the models.
+    contributions and evidence are of, the second of two, else the predicted one. contributions: one a model, empty if
+    not asked for; evidence (N,), group_contributions, by group: means over the models.
     """
 
     slide: Slide
@@ -59,6 +59,7 @@ class Prediction:
     kept: NDArray[np.float64] | None
     target: int
     contributions: list[Contributions]
+    evidence: NDArray[np.float64] | None
     group_contributions: dict[int, float]
 
     @property
@@ -77,13 +78,13 @@ class Prediction:
 
 
 def predict_slides(
-    ensemble: Ensemble, slides: list[Slide], preparation: Preparation, prepared: bool, steps: int, top: int
+    ensemble: Ensemble, slides: list[Slide], preparation: Preparation, prepared: bool, quick: bool, top: int
 ) -> pd.DataFrame:
     """Predict all slides and write everything; the table of predictions.csv.
 
-    prepared: whether tiles and features are in preparation.output already. steps: of the patch contributions, 0 for
-    none. top: patches of the picture with the highest and lowest, each. Raises InferenceError for labels and features
-    that are not of this model; a slide that cannot be read costs itself.
+    prepared: whether tiles and features are in preparation.output already. quick: attention alone is shown, no
+    contributions and no evidence. top: patches of the picture with the highest and lowest, each. Raises
+    InferenceError for labels and features that are not of this model; a slide that cannot be read costs itself.
     """
     classes = ensemble.classes
     for slide in slides:
@@ -107,7 +108,7 @@ def predict_slides(
             row["reason"] = _failure(store)
         if row["reason"] is None:
             check_features(ensemble, store, record, preparation.tiling)
-            found = predict_slide(ensemble, slide, store, preparation, device, steps)
+            found = predict_slide(ensemble, slide, store, preparation, device, quick)
             folder = preparation.output / "slides" / slide.slide_id
             write_slide(folder, found, ensemble, preparation, record, device, top)
             row |= {"status": "predicted", **_row(found, ensemble, record)}
@@ -166,7 +167,7 @@ def group_slide(grouping: str | None, coords: Path, store: SlideStore) -> Tensor
 
 
 def predict_slide(
-    ensemble: Ensemble, slide: Slide, store: SlideStore, preparation: Preparation, device: torch.device, steps: int
+    ensemble: Ensemble, slide: Slide, store: SlideStore, preparation: Preparation, device: torch.device, quick: bool
 ) -> Prediction:
     """Every model's logits and attention of one slide, and what its patches and groups contribute."""
     groups = group_slide(ensemble.grouping, preparation.tiles(slide.slide_id, ".npy"), store)
@@ -180,10 +181,10 @@ def predict_slide(
     # In float64, as in the evaluation: the same bits.
     probabilities = torch.cat([row[None].double().softmax(dim=1) for row in logits]).numpy()
     target = 1 if len(ensemble.classes) == 2 else int(probabilities.mean(axis=0).argmax())
-    contributions, without = [], []
-    for member, output in zip(ensemble.members, outputs, strict=True):
-        if steps:
-            contributions.append(patch_contributions(member.model, bag, output, target, steps))
+    contributions, evidence, without = [], [], []
+    for member, output in zip(() if quick else ensemble.members, outputs, strict=not quick):
+        contributions.append(patch_contributions(member.model, bag, output, target))
+        evidence.append(patch_evidence(member.model, bag, target))
         without.append(group_contributions(member.model, bag, target))
     with torch.no_grad():
         again = torch.cat([member.model(bag).logits.float() for member in ensemble.members]).cpu()
@@ -192,7 +193,8 @@ def predict_slide(
     return Prediction(
         slide, item, logits.numpy(), probabilities,
         _mean_attention(outputs), _kept(outputs, len(store.coords)), target, contributions,
-        {label: float(np.mean([one[label] for one in without])) for label in without[0]},
+        np.mean(evidence, axis=0) if evidence else None,
+        {label: float(np.mean([one[label] for one in without])) for label in (without[0] if without else ())},
     )  # fmt: skip
 
 

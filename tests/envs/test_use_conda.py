@@ -30,7 +30,15 @@ MODELLING = {
 COMMANDS = {
     "preprocessing": {"tile", "encode"},
     "gmmamba": {
-        "account", "contact-sheet", "group", "split", "train", "predict-fold", "evaluate", "report", "record-pipeline",
+        "account",
+        "contact-sheet",
+        "group",
+        "split",
+        "train",
+        "predict-fold",
+        "evaluate",
+        "report",
+        "record-pipeline",
     },
 }
 

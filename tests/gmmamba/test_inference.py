@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from gmmamba.inference.explain import group_contributions, log_odds, patch_contributions
+from gmmamba.inference.explain import group_contributions, log_odds, patch_contributions, patch_evidence
 from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.model_file import Ensemble, export_model, load_ensemble
 from gmmamba.inference.ome import PER_PATCH, raster, write_ome
@@ -79,6 +79,17 @@ def test_contributions_of_a_linear_model_are_its_weights() -> None:
         expected = (bag.features - bag.features.mean(0)) @ weights / 40
     found = patch_contributions(model, bag, output, 1, steps=1)
     np.testing.assert_allclose(found.values, expected.numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("method", MODELS)
+def test_evidence_is_what_the_model_says_of_a_slide_of_one_patch(method: str) -> None:
+    torch.manual_seed(5)
+    model, bag = create_model(method, IN_DIM, 2).eval(), a_bag()
+    found = patch_evidence(model, bag, 1)
+    assert found.shape == (40,)
+    with torch.no_grad():
+        alone = [model(Bag(bag.features[[i]], bag.coords[[i]], bag.groups[[i]])).logits.double() for i in (0, 17, 39)]
+    np.testing.assert_allclose(found[[0, 17, 39]], [log_odds(logits, 1).item() for logits in alone], atol=1e-5)
 
 
 def test_a_group_s_contribution_is_what_leaving_it_out_takes_away() -> None:

@@ -75,8 +75,10 @@ def test_snakemake_predicts_a_folder_and_a_broken_slide_costs_itself(finished: P
     assert (table.in_training[["n_0", "n_1"]] == "no").all()
     assert not (finished / "results/fresh/slides/broken").exists()
     folder = finished / "results/fresh/slides/n_1"
-    names = "annotations.geojson attention.png groups.png heatmap.geojson heatmap.ome.tif heatmap.png patches.csv"
-    assert {path.name for path in folder.iterdir()} == {*names.split(), "patches.jpg", "patches.json", "record.json"}
+    names = "annotations.geojson attention.png evidence.png groups.png heatmap.geojson heatmap.ome.tif heatmap.png"
+    assert {path.name for path in folder.iterdir()} == {
+        *names.split(), "patches.csv", "patches.jpg", "patches.json", "record.json",
+    }  # fmt: skip
     assert plan(finished) == set()
 
 
@@ -121,9 +123,7 @@ def test_a_slide_of_the_cohort_is_predicted_as_in_the_evaluation_bit_for_bit(fin
         f'"{FILES[name]}",{name}\n'.replace('double"q', 'double""q') for name in COHORT[:3]
     )
     (finished / "a/again.csv").write_text(sheet)
-    run = predict(
-        finished, "results/d/gmmamba", "a/again.csv", "--output", tmp_path / "out", "--contribution-steps", "0"
-    )
+    run = predict(finished, "results/d/gmmamba", "a/again.csv", "--output", tmp_path / "out", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     assert "no independent prediction: s0, s1, s2" in run.stdout
     members = pd.read_csv(tmp_path / "out/members.csv", dtype=str).set_index(["slide_id", "fold"])
@@ -141,7 +141,7 @@ def test_a_slide_of_the_cohort_is_predicted_as_in_the_evaluation_bit_for_bit(fin
     assert subprocess.run([sys.executable, *command], cwd=finished, env={"PYTHONPATH": str(ROOT)}).returncode == 0
     store = tmp_path / "out/features/tiny/s0.zarr.zip"
     before, written = (tmp_path / "out/members.csv").read_bytes(), store.stat().st_mtime_ns
-    run = predict(finished, model, "a/again.csv", "--output", tmp_path / "out", "--contribution-steps", "0")
+    run = predict(finished, model, "a/again.csv", "--output", tmp_path / "out", "--quick")
     assert run.returncode == 0, run.stdout + run.stderr
     assert ((tmp_path / "out/members.csv").read_bytes(), store.stat().st_mtime_ns) == (before, written)
     assert read_predictions(finished / "results/d/gmmamba/fold0_seed0/predictions.csv").part.isin(["val", "test"]).all()
@@ -175,7 +175,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_pat
     with_pipeline(tiling={"a": pipeline["tiling"]["a"] | {"mpp": 1.0}})
     refused(predict(project, "results/d/gmmamba", "new", *fresh), "was tiled with mpp 0.5, the slides that")
     with_pipeline(encoder=pipeline["encoder"] | {"seed": 1})  # other random weights
-    own = ("--output", tmp_path / "own", "--contribution-steps", "0")
+    own = ("--output", tmp_path / "own", "--quick")
     refused(predict(project, "results/d/gmmamba", "new", *own), "has other weights here")
     weights = tmp_path / "w.safetensors"
     state = load_file(home / "fold0_seed0/model.safetensors")
