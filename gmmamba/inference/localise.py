@@ -1,4 +1,4 @@
-"""localise: how well attention and contributions find known foci, slide by slide.
+"""localise: how well attention, contributions and evidence find known foci, slide by slide.
 
 Reads foci.csv, a row a focus: `slide_id, x, y, tile_px` (a square, its top-left corner) or `slide_id, x, y, radius_px`
 (a disc, its centre), level-0 pixels. Of an experiment's folder, or one run's, the test slides of every run are
@@ -6,8 +6,10 @@ measured, with their own class as the one that contributions are of; of a folder
 slides, with the maps that are there.
 
 Writes a CSV, a row a slide and run: `slide_id, fold, seed, patches, positives`, and for each map its `<map>_auroc`,
-`<map>_ap` (average precision) and `<map>_top` (whether the patch of the highest value is a positive). A patch is
-positive if at least `min_share` of its area is in foci. Slides without positives, or of nothing else, are left out.
+`<map>_ap` (average precision), `<map>_top` (whether the patch of the highest value is a positive) and, of models with
+groups, `<map>_group_top`: in what share of the groups with positives and others their highest patch is a positive, and
+`group_chance`, in what share a patch drawn at random would be. A patch is positive if at least `min_share` of its area
+is in foci. Slides without positives, or of nothing else, are left out.
 """
 
 import json
@@ -42,7 +44,7 @@ def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25) ->
     of_predictions = (folder / "predictions.csv").is_file() and (folder / "slides").is_dir()
     maps = _of_predictions(folder, of_slide) if of_predictions else _of_runs(folder, of_slide)
     rows = []
-    for row, coords, side, values in maps:
+    for row, coords, side, groups, values in maps:
         positive = in_foci(coords, side, of_slide[row["slide_id"]]) >= min_share
         if positive.all() or not positive.any():
             continue
@@ -51,6 +53,7 @@ def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25) ->
             row[f"{name}_auroc"] = roc_auc_score(positive, found)
             row[f"{name}_ap"] = average_precision_score(positive, found)
             row[f"{name}_top"] = bool(positive[found.argmax()])
+        row |= {} if groups is None else _in_groups(positive, groups, values)
         rows.append(row)
     if not rows:
         raise InferenceError(f"{foci} has no focus in a slide of {folder}: are they of the same slides?")
@@ -76,7 +79,19 @@ def in_foci(coords: NDArray[np.int32], side: float, foci: pd.DataFrame) -> NDArr
     return share
 
 
-Measured = tuple[dict[str, Any], NDArray[np.int32], float, dict[str, NDArray[np.float64]]]
+def _in_groups(
+    positive: NDArray[np.bool_], groups: NDArray[np.int64], values: Mapping[str, NDArray[np.float64]]
+) -> dict[str, float]:
+    members = [np.flatnonzero(groups == label) for label in np.unique(groups)]
+    mixed = [rows for rows in members if positive[rows].any() and not positive[rows].all()]
+    if not mixed:
+        return {}
+    tops = {name: np.mean([positive[rows[found[rows].argmax()]] for rows in mixed]) for name, found in values.items()}
+    chance = float(np.mean([positive[rows].mean() for rows in mixed]))
+    return {"group_chance": chance, **{f"{name}_group_top": float(share) for name, share in tops.items()}}
+
+
+Measured = tuple[dict[str, Any], NDArray[np.int32], float, NDArray[np.int64] | None, dict[str, NDArray[np.float64]]]
 
 
 def _of_predictions(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measured]:
@@ -87,7 +102,8 @@ def _of_predictions(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[
         table = pd.read_csv(file)
         record = json.loads((folder / "tiles" / f"{slide_id}.json").read_text(encoding="utf-8"))
         values = {name: table[name].to_numpy(np.float64) for name in MAPS if name in table}
-        yield {"slide_id": slide_id}, table[["x", "y"]].to_numpy(np.int32), record["patch_px_level0"], values
+        groups = table["group"].to_numpy(np.int64) if "group" in table else None
+        yield {"slide_id": slide_id}, table[["x", "y"]].to_numpy(np.int32), record["patch_px_level0"], groups, values
 
 
 def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measured]:
@@ -120,7 +136,7 @@ def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measure
             side = item.store.attributes.patch_px_level0
             assert side is not None
             row = {"slide_id": item.slide_id, "fold": card["fold"], "seed": card["seed"]}
-            yield row, item.store.coords, side, values
+            yield row, item.store.coords, side, None if item.groups is None else item.groups.numpy(), values
 
 
 def _summary(measured: pd.DataFrame) -> str:
@@ -131,5 +147,8 @@ def _summary(measured: pd.DataFrame) -> str:
             lines.append(
                 f"  {name:12} AUROC {auroc.mean():.3f} ± {auroc.std():.3f}   average precision {ap.mean():.3f} ±"
                 f" {ap.std():.3f}   highest patch in a focus: {top.mean():.0%}"
+                + (f", of a group {measured[f'{name}_group_top'].mean():.0%}" if "group_chance" in measured else "")
             )
+    if "group_chance" in measured:
+        lines.append(f"  (a group's patch at random: {measured['group_chance'].mean():.0%})")
     return "\n".join(lines)

@@ -317,7 +317,8 @@ def test_localisation_of_predictions(tmp_path: Path) -> None:
     """Attention that ranks the foci first is 1, its reverse 0; slides without foci are left out."""
     for slide_id, sign in (("a", 1), ("b", -1), ("c", 1)):
         (tmp_path / "slides" / slide_id).mkdir(parents=True)
-        patches = pd.DataFrame({"x": [0, 100, 200], "y": 0, "attention": np.array([3, 2, 1.0]) * sign})
+        patches = pd.DataFrame({"x": [0, 100, 200], "y": 0, "group": [0, 0, 1]})
+        patches["attention"] = np.array([3, 2, 1.0]) * sign
         patches.to_csv(tmp_path / "slides" / slide_id / "patches.csv", index=False)
         (tmp_path / "tiles").mkdir(exist_ok=True)
         (tmp_path / "tiles" / f"{slide_id}.json").write_text('{"patch_px_level0": 100.0}')
@@ -328,6 +329,8 @@ def test_localisation_of_predictions(tmp_path: Path) -> None:
     table = pd.read_csv(tmp_path / "l.csv", index_col="slide_id")
     assert table.attention_auroc.to_dict() == {"a": 1, "b": 0}
     assert table.attention_top.to_dict() == {"a": True, "b": False}
+    assert table.attention_group_top.to_dict() == {"a": 1, "b": 0}
+    assert (table.group_chance == 0.5).all()
     (tmp_path / "foci.csv").write_text("slide_id,x,y,tile_px,class\nz,0,0,100,T\n")
     with pytest.raises(InferenceError, match="no focus in a slide of"):
         localise(tmp_path, tmp_path / "foci.csv", tmp_path / "l.csv")
