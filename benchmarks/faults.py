@@ -137,9 +137,7 @@ def kill_one(
     with suppress(subprocess.TimeoutExpired):
         return run.wait(rng.uniform(0, longest)) == 0
     before = recorded(project)
-    if not (candidates := processes(project)):
-        run.wait()
-        return run.returncode == 0
+    candidates = {run.pid: "Snakemake"} | processes(project)  # while it starts it is in no folder yet
     pid = rng.choice(sorted(candidates))
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)

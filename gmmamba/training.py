@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -79,7 +79,7 @@ def train(
     with replace_when_whole(output_dir / "history.csv") as part:
         history.to_csv(part, index=False)
     with replace_when_whole(output_dir / "model.safetensors") as part:
-        save_file(kept, part)
+        part.write_bytes(save(kept))  # save_file's would be readable by its owner alone
     card = {
         "experiment": experiment,
         "fold": fold,

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from tqdm import tqdm
@@ -91,6 +92,7 @@ def encode_slides(
     """
     device = choose_device()
     make_repeatable(threads)
+    cv2.setNumThreads(1)  # the readers are threads already
     if reading.reader == "nvjpeg":
         check_nvjpeg(device)
     networks: dict[int, Network] = {}  # by patch_px

@@ -96,18 +96,20 @@ class NvjpegReader(PatchReader):
 
     def _read_on_device(self, tiles: JpegTiles, rows: np.ndarray) -> torch.Tensor:
         """(B, P, P, 3) uint8. Raises DamagedTileError, MissingTileError."""
+        decoded: list[torch.Tensor] = []
         if self.device.type != "cuda":
-            return self._put_together(tiles, rows)
+            return self._put_together(tiles, rows, decoded)
         if not hasattr(_of_thread, "stream"):
             _of_thread.stream = torch.cuda.Stream(self.device)
         with torch.cuda.stream(_of_thread.stream):
-            patches = self._put_together(tiles, rows)
+            patches = self._put_together(tiles, rows, decoded)
             # Before the tiles' memory may be used again, by nvJPEG on a stream of its own.
             _of_thread.stream.synchronize()
         return patches
 
     @torch.inference_mode()
-    def _put_together(self, tiles: JpegTiles, rows: np.ndarray) -> torch.Tensor:
+    def _put_together(self, tiles: JpegTiles, rows: np.ndarray, decoded: list[torch.Tensor]) -> torch.Tensor:
+        """As `_read_on_device`; the tiles stay in `decoded`, as on a GPU the result is computed later."""
         # B patches of S x S pixels of the level, P x P in the end; (B, S): columns and rows of pixels, and of tiles.
         between = bool(self.fraction[rows].any())  # two pixels: one more is needed
         x, y = self.first[rows].T[:, :, None] + np.arange(self.side + between)
@@ -124,7 +126,7 @@ class NvjpegReader(PatchReader):
 
         streams = [tiles.jpeg(*divmod(tile, tiles.columns)) for tile in needed.tolist()]
         try:
-            decoded = decode(streams, self.device)
+            decoded += decode(streams, self.device)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

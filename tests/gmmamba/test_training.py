@@ -118,6 +118,8 @@ def test_what_a_run_leaves(dataset: dict[str, Any], tmp_path: Path) -> None:
     assert card["experiment"] == experiment("abmil", epochs=12, select_after=5, patience=2, min_epochs=8)
     assert (card["in_dim"], card["classes"], card["encoder"]) == (16, CLASSES, ENCODER)
 
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1  # readable by whoever may read the others
+
     # The kept weights are those of the kept epoch: they give its validation score again.
     table = predict_run(dataset, folder)
     kept = history[history["epoch"] == card["best_epoch"]].iloc[0]
