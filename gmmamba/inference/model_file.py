@@ -16,7 +16,7 @@ from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gmmamba import __version__
@@ -164,7 +164,7 @@ def export_model(ensemble: Ensemble, output: Path, with_encoder: bool = False) -
         "exported_by": f"gmmamba {__version__}",
     }
     with replace_when_whole(output) as part:
-        save_file(tensors, part, metadata={"gmmamba": json.dumps(card)})
+        part.write_bytes(save(tensors, {"gmmamba": json.dumps(card)}))  # save_file's would be its owner's alone
 
 
 def _encoder_bytes(ensemble: Ensemble) -> bytes:

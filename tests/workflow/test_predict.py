@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,12 @@ import tifffile
 import yaml
 from safetensors.torch import load_file, save_file
 
+from gmmamba.__main__ import main
+from gmmamba.config import ConfigError, load_config
 from gmmamba.evaluation import read_predictions
 from slidestore import open_store
 from tests.slides import tissue, write_aperio
-from tests.workflow.test_workflow import FILES, ROOT, edit, plan, snakemake, write_cohort
+from tests.workflow.test_workflow import FILES, edit, plan, snakemake, write_cohort
 
 COHORT = [f"s{i}" for i in range(8)]
 CONFIG = {
@@ -53,16 +56,34 @@ def project(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 
-def predict(project: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gmmamba", "predict", *map(str, arguments)]
-    return subprocess.run(command, cwd=project, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT)})
+@dataclass(frozen=True)
+class Said:
+    status: int
+    out: str
+    err: str
 
 
-def refused(run: subprocess.CompletedProcess[str], message: str) -> None:
+Command = Callable[..., Said]
+
+
+@pytest.fixture
+def gmmamba(capsys: pytest.CaptureFixture[str]) -> Command:
+    """Runs a command in a project's folder."""
+
+    def run(project: Path, *arguments: str | Path) -> Said:
+        capsys.readouterr()
+        with contextlib.chdir(project):
+            status = main([*map(str, arguments)])
+        return Said(status, *capsys.readouterr())
+
+    return run
+
+
+def refused(said: Said, message: str) -> None:
     """In one line that says so."""
-    assert run.returncode == 1, run.stdout + run.stderr
-    lines = [line for line in run.stderr.splitlines() if "selective scan" not in line]
-    assert len(lines) == 1, run.stderr
+    assert said.status == 1, said.out + said.err
+    lines = [line for line in said.err.splitlines() if "selective scan" not in line]
+    assert len(lines) == 1, said.err
     assert message in lines[0]
 
 
@@ -118,14 +139,16 @@ def test_what_is_written_of_a_slide_agrees(finished: Path) -> None:
     assert drawn[0, y + 2, x + 2] == pytest.approx(patches.contribution[0])
 
 
-def test_a_slide_of_the_cohort_is_predicted_as_in_the_evaluation_bit_for_bit(finished: Path, tmp_path: Path) -> None:
+def test_a_slide_of_the_cohort_is_predicted_as_in_the_evaluation_bit_for_bit(
+    finished: Path, tmp_path: Path, gmmamba: Command
+) -> None:
     sheet = "path,slide_id\n" + "".join(
         f'"{FILES[name]}",{name}\n'.replace('double"q', 'double""q') for name in COHORT[:3]
     )
     (finished / "a/again.csv").write_text(sheet)
-    run = predict(finished, "results/d/gmmamba", "a/again.csv", "--output", tmp_path / "out", "--quick")
-    assert run.returncode == 0, run.stdout + run.stderr
-    assert "no independent prediction: s0, s1, s2" in run.stdout
+    said = gmmamba(finished, "predict", "results/d/gmmamba", "a/again.csv", "--output", tmp_path / "out", "--quick")
+    assert said.status == 0, said.err
+    assert "no independent prediction: s0, s1, s2" in said.out
     members = pd.read_csv(tmp_path / "out/members.csv", dtype=str).set_index(["slide_id", "fold"])
     compared = 0
     for fold in (0, 1):
@@ -137,12 +160,11 @@ def test_a_slide_of_the_cohort_is_predicted_as_in_the_evaluation_bit_for_bit(fin
 
     # Once more, from one model file: the same, and nothing is encoded again.
     model = tmp_path / "m.safetensors"
-    command = ["-m", "gmmamba", "export-model", "results/d/gmmamba", "--output", str(model)]
-    assert subprocess.run([sys.executable, *command], cwd=finished, env={"PYTHONPATH": str(ROOT)}).returncode == 0
+    assert gmmamba(finished, "export-model", "results/d/gmmamba", "--output", model).status == 0
     store = tmp_path / "out/features/tiny/s0.zarr.zip"
     before, written = (tmp_path / "out/members.csv").read_bytes(), store.stat().st_mtime_ns
-    run = predict(finished, model, "a/again.csv", "--output", tmp_path / "out", "--quick")
-    assert run.returncode == 0, run.stdout + run.stderr
+    said = gmmamba(finished, "predict", model, "a/again.csv", "--output", tmp_path / "out", "--quick")
+    assert said.status == 0, said.err
     assert ((tmp_path / "out/members.csv").read_bytes(), store.stat().st_mtime_ns) == (before, written)
     assert read_predictions(finished / "results/d/gmmamba/fold0_seed0/predictions.csv").part.isin(["val", "test"]).all()
 
@@ -158,14 +180,17 @@ def test_one_more_slide_and_another_model(project: Path) -> None:
     assert not any("cohort=fresh" in job for job in plan(project))
 
 
-def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_path: Path) -> None:
+def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_path: Path, gmmamba: Command) -> None:
     home, fresh = project / "results/d/gmmamba", ("--prepared", "--output", "results/fresh")
     (tmp_path / "empty").mkdir()
-    refused(predict(project, "results/d/none", "new", *fresh), "results/d/none does not exist")
-    refused(predict(project, "results/d/gmmamba", tmp_path / "empty", *fresh), "holds no slide")
-    refused(predict(project, "results/d/gmmamba", "new", *fresh, "--like", "b"), "knows no cohort 'b'")
+    refused(gmmamba(project, "predict", "results/d/none", "new", *fresh), "results/d/none does not exist")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", tmp_path / "empty", *fresh), "holds no slide")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *fresh, "--like", "b"), "knows no cohort 'b'")
     (project / "labelled.csv").write_text("path,label\nnew/n 0.tif,cancer\n")
-    refused(predict(project, "results/d/gmmamba", "labelled.csv", *fresh), "label 'cancer', the model's classes are")
+    refused(
+        gmmamba(project, "predict", "results/d/gmmamba", "labelled.csv", *fresh),
+        "label 'cancer', the model's classes are",
+    )
 
     pipeline = json.loads((home / "pipeline.json").read_text())
 
@@ -173,20 +198,20 @@ def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_pat
         (home / "pipeline.json").write_text(json.dumps(pipeline | changes))
 
     with_pipeline(tiling={"a": pipeline["tiling"]["a"] | {"mpp": 1.0}})
-    refused(predict(project, "results/d/gmmamba", "new", *fresh), "was tiled with mpp 0.5, the slides that")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *fresh), "was tiled with mpp 0.5, the slides that")
     with_pipeline(encoder=pipeline["encoder"] | {"seed": 1})  # other random weights
     own = ("--output", tmp_path / "own", "--quick")
-    refused(predict(project, "results/d/gmmamba", "new", *own), "has other weights here")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *own), "has other weights here")
     weights = tmp_path / "w.safetensors"
     state = load_file(home / "fold0_seed0/model.safetensors")
     save_file(state, weights)
     with_pipeline(encoder=pipeline["encoder"] | {"weights": str(weights)})
-    refused(predict(project, "results/d/gmmamba", "new", *own), "has other weights")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *own), "has other weights")
     with_pipeline()
     for run in ("fold0_seed0", "fold1_seed0"):
         card = json.loads((home / run / "model.json").read_text())
         (home / run / "model.json").write_text(json.dumps(card | {"encoder_weights_sha256": "ab" * 32}))
-    refused(predict(project, "results/d/gmmamba", "new", *fresh), "was trained on those with abababababab")
+    refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *fresh), "was trained on those with abababababab")
 
 
 @pytest.mark.parametrize(
@@ -197,8 +222,8 @@ def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_pat
         ({"like": "b"}, "'b' is no cohort of its dataset"),
     ],
 )
-def test_bad_predictions_in_the_config(project: Path, change: dict[str, str], message: str) -> None:
-    edit(project, lambda c: c["predictions"]["fresh"].update(change))
-    run = snakemake(project, "-n")
-    assert run.returncode != 0
-    assert message in run.stdout + run.stderr
+def test_bad_predictions_in_the_config(finished: Path, change: dict[str, str], message: str) -> None:
+    config = yaml.safe_load((finished / "config.yaml").read_text())
+    config["predictions"]["fresh"].update(change)
+    with contextlib.chdir(finished), pytest.raises(ConfigError, match=message):
+        load_config(config)
