@@ -33,7 +33,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--mpp", type=float, help="µm per pixel of level 0 of all slides whose row in a sheet gives none")
     sub.add_argument("--encoder-weights", type=Path, metavar="FILE", help="where they are now, if not where they were")
     sub.add_argument("--prepared", action="store_true", help="tiles and features are in the output folder already")
-    sub.add_argument("--threads", type=int, default=1, help="1, as the stages: more may change the last bits")
+    sub.add_argument("--threads", type=int, help="readers and CPU threads, by default as encoding jobs have (8 or 1)")
     sub.add_argument("--quick", action="store_true", help="show attention alone: no contributions, no evidence")
     sub.add_argument("--top", type=int, default=8, metavar="K", help="patches of highest and of lowest contribution")
 

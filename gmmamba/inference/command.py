@@ -9,6 +9,7 @@ from gmmamba.inference.model_file import load_ensemble
 from gmmamba.inference.pipeline import InferenceError
 from gmmamba.inference.predict import predict_slides
 from gmmamba.inference.slides import Preparation, list_slides
+from gmmamba.prediction import choose_device
 from slidestore.atomic import replace_when_whole
 
 
@@ -21,7 +22,7 @@ def predict(
     mpp: float | None = None,
     encoder_weights: Path | None = None,
     prepared: bool = False,
-    threads: int = 1,
+    threads: int | None = None,
     quick: bool = False,
     top: int = 8,
 ) -> tuple[str, bool]:
@@ -31,6 +32,7 @@ def predict(
     µm per pixel of level 0.
     encoder_weights: the file of the encoder's weights, where it is not at the place that training had it. prepared:
     tiles and features of the slides are in `output` already. quick: attention is all that is shown.
+    threads: readers of slides, and CPU threads of the networks; None is what encoding jobs have, 8 with a GPU, else 1.
     """
     ensemble = load_ensemble(model, runs)
     slides = list_slides(source, mpp)
@@ -39,6 +41,7 @@ def predict(
     encoder = dict(ensemble.pipeline.encoder or {})
     if not prepared:
         encoder = {**encoder, "weights": _weights(encoder, sha, output, encoder_weights, ensemble.encoder_file)}
+    threads = threads or (8 if choose_device().type == "cuda" else 1)
     preparation = Preparation(output, tiling, ensemble.pipeline.reading, encoder, sha, threads)
     table = predict_slides(ensemble, slides, preparation, prepared, quick, top)
     predicted = table[table["status"] == "predicted"]
