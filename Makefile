@@ -32,6 +32,7 @@ lint: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.model --write docs/performance.md
 	$(BIN)/python -m benchmarks.dag --write docs/performance.md
+	$(BIN)/python -m benchmarks.coverage --write docs/statistics.md
 	$(BIN)/python -m benchmarks.reading --write docs/performance.md
 	$(BIN)/python -m benchmarks.encoding --write docs/performance.md
 	$(BIN)/python -m benchmarks.cost measure --csv docs/cost.csv --write docs/performance.md

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import tifffile
 import yaml
 
 from benchmarks.measure import cpu_name, markdown_table, write_section
 from benchmarks.placeholders import COHORTS, make_cohort
-from preprocessing.demo_cohort import make_demo_cohort
+from preprocessing.demo_cohort import MPP, make_demo_cohort, write_aperio
 from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[1]
@@ -60,9 +62,13 @@ def placeholder_project(folder: Path, slides: int, experiments: int = 20, seeds:
 
 
 def tiny_project(folder: Path, slides: int) -> None:
-    """Real files of a few patches each: two demo slides under many names, at 5x."""
+    """Real files of a few patches each, at 5x: two demo slides, shifted a little further under each name."""
     make_demo_cohort(folder / "painted", slides=10)
-    paths = {f"S{i:05}": f"painted/slides/demo_{4 + i % 2:02}.svs" for i in range(slides)}
+    painted = [tifffile.imread(folder / f"painted/slides/demo_{number:02}.svs", level=0) for number in (4, 5)]
+    paths = {f"S{i:05}": f"shifted/S{i:05}.svs" for i in range(slides)}
+    (folder / "shifted").mkdir()
+    for i, path in enumerate(paths.values()):
+        write_aperio(folder / path, np.roll(painted[i % 2], 16 * i, axis=1), MPP)
     models = {"gmmamba": {"method": "gmmamba"}, "abmil": {"method": "abmil"}}
     experiments = {name: {"model": name, "dataset": "dataset", "training": {"epochs": 6}} for name in models}
     write_project(folder, paths, {"tiling": {"mpp": 2.0}, "models": models, "experiments": experiments})

@@ -27,7 +27,7 @@ MODELLING = [
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
-    from gmmamba import __version__
+    from gmmamba import __version__, split_commands
     from gmmamba.inference.cli import add_commands
 
     parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
@@ -93,6 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
     sub.add_argument("--output", type=Path, required=True)
 
+    split_commands.add_commands(command)
+
     sub = command("train", train, "train one experiment on one fold with one seed", MODELLING)
     add_run(sub)
     sub.add_argument("--experiment", type=json.loads, required=True)
@@ -111,8 +113,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds", ["gmmamba.evaluation"])
     sub.add_argument("--classes", type=json.loads, required=True)
+    sub.add_argument("--settings", type=json.loads, default={}, help="`evaluation` of the configuration, as JSON")
     sub.add_argument("--predictions", type=Path, nargs="+", required=True)
-    sub.add_argument("--output", type=Path, required=True)
+    sub.add_argument("--metrics", type=Path, required=True)
+    sub.add_argument("--pooled", type=Path, required=True)
+
+    sub = command("compare", compare, "differences of experiments on the same test slides, with intervals and p values",
+                  ["gmmamba.comparison"])  # fmt: skip
+    sub.add_argument("folder", type=Path, help="results/{dataset}")
+    sub.add_argument("experiments", nargs="+", help="what is printed compares with the first of them")
+    sub.add_argument("--settings", type=json.loads, default={}, help="`evaluation` of the configuration, as JSON")
+    sub.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="such as fold0_seed0; else all they share")
+    sub.add_argument("--output", type=Path, metavar="CSV", help="write every pair there, instead of printing")
 
     sub = command("report", report, "HTML report, result table and accounting of a dataset", ["gmmamba.report"])
     sub.add_argument("--settings", type=json.loads, required=True)
@@ -160,11 +172,15 @@ def user_errors() -> tuple[type[Exception], ...]:
     """What a user can mend: shown as a message. Everything else keeps its traceback."""
     from gmmamba.accounting import TooManyFailedError
     from gmmamba.config import ConfigError
+    from gmmamba.evaluation import EvaluationError
     from gmmamba.label_tables import SheetError
     from gmmamba.splits import SplitError
     from slidestore import StoreError
 
-    return (ConfigError, SheetError, SplitError, StoreError, TooManyFailedError, FileNotFoundError, FloatingPointError)
+    return (
+        ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, FileNotFoundError,
+        FloatingPointError,
+    )  # fmt: skip
 
 
 def label_class(text: str) -> tuple[str, str]:
@@ -276,10 +292,12 @@ def group_by_features(options: argparse.Namespace) -> None:
 
 
 def split(options: argparse.Namespace) -> None:
+    from gmmamba.leakage import check_content
     from gmmamba.splits import SplitSettings, split_dataset
     from slidestore.settings import from_dict
 
     settings = from_dict(SplitSettings, options.settings, f"datasets.{options.dataset}.split")
+    check_content(dict(options.slide_table))
     split_dataset(dict(options.slide_table), options.classes, settings, options.output)
 
 
@@ -303,9 +321,26 @@ def predict_fold(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    from gmmamba.evaluation import Evaluation
     from gmmamba.evaluation import evaluate as run
+    from slidestore.settings import from_dict
 
-    run(options.predictions, options.classes, options.output)
+    settings = from_dict(Evaluation, options.settings, "evaluation")
+    run(options.predictions, options.classes, settings, options.metrics, options.pooled)
+
+
+def compare(options: argparse.Namespace) -> None:
+    from gmmamba.comparison import compare as run
+    from gmmamba.comparison import comparison_page, runs_in
+    from gmmamba.evaluation import Evaluation
+    from slidestore.settings import from_dict
+
+    settings = from_dict(Evaluation, options.settings, "evaluation")
+    files = runs_in(options.folder, options.experiments, options.runs)
+    if options.output is None:
+        print(comparison_page(files, settings))
+    else:
+        run(files, settings, options.output)
 
 
 def report(options: argparse.Namespace) -> None:

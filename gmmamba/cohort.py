@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from gmmamba.splits import GOES_BY, PARTS, SplitError, SplitSettings, patient_folds
+from gmmamba.leakage import named_by_class, same_files
+from gmmamba.split_files import PARTS, Member
+from gmmamba.splits import FILES, GOES_BY, SplitError, SplitSettings, parts_of_file, patient_folds
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
 OPTIONAL = ["mpp", "magnification", "split", "exclude", "site", "mask"]
@@ -178,12 +180,14 @@ def check_dataset(
     problems: list[str] = []
     goes_by = GOES_BY.get(split.scheme)
     by_id = defaultdict(list)
+    paths: list[tuple[str, Path]] = []
     labels_of: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> label -> the first slide and where it stands
     given_of: dict[str, dict[str, str]] = defaultdict(dict)  # the same for what the split scheme goes by
     for cohort, sheet, slides in cohorts:
         for slide in (slide for slide in slides if not slide.exclude):
             place = f"{sheet}, line {slide.line}"
             by_id[slide.slide_id].append(place)
+            paths.append((f"{slide.slide_id} ({place})", slide.path))
             if slide.label not in classes:
                 close = difflib.get_close_matches(slide.label, classes, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
@@ -205,6 +209,9 @@ def check_dataset(
     for slide_id, places in by_id.items():
         if len(places) > 1:
             problems.append(f"datasets.{name}: slide_id {slide_id!r} is in several cohorts: {'; '.join(places)}")
+    problems += [f"datasets.{name}: {problem}" for problem in same_files(paths)]
+    first_of = {patient: next(iter(places.values())) for patient, places in labels_of.items()}
+    problems += [f"datasets.{name}: {problem}" for problem in named_by_class(first_of, classes)]
     problems += _torn_patients(f"datasets.{name}", labels_of, "two labels", "mend the sheet")
     problems += _torn_patients(f"datasets.{name}.split", given_of, *TORN.get(split.scheme, ("", "")))
     if problems:
@@ -214,9 +221,14 @@ def check_dataset(
     if not problems:
         given_by_patient = {patient: next(iter(values)) for patient, values in given_of.items()}
         try:
-            patient_folds(patients, classes, split, given_by_patient)
+            if split.scheme in FILES:
+                everyone = [slide for _, _, slides in cohorts for slide in slides]
+                taking_part = {s.slide_id: Member(s.patient_id, s.label) for s in everyone if not s.exclude}
+                parts_of_file(split, taking_part, classes, [s.slide_id for s in everyone if s.exclude], complete=False)
+            else:
+                patient_folds(patients, classes, split, given_by_patient)
         except SplitError as error:
-            problems.append(f"datasets.{name}: {error}")
+            problems += [f"datasets.{name}: {problem}" for problem in str(error).split("\n")]
     return problems
 
 

@@ -1,77 +1,165 @@
-"""Experiments on the same test slides: pooled metrics, and bootstrap intervals of their differences.
+"""compare: every two experiments of a dataset on the same test slides.
 
-S test slides, C classes. Reads the predictions.csv of runs; writes nothing.
+Reads the predictions.csv of their runs; writes comparisons.csv, one row a pair, level and score:
+
+    first, second, level (slide or patient), metric, difference (first - second), low, high (95 %), p, p_holm, test
+
+test = bootstrap: the middle 95 % of the differences in bootstrap samples of patients, the same samples for both, and
+the p value at whose level that interval would reach 0. test = delong, for AUROC besides: see gmmamba.delong. p_holm
+corrects for all pairs of the same level, metric and test. Pools and scores are those of gmmamba.evaluation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from gmmamba.evaluation import probabilities_of, read_predictions
+from gmmamba.delong import auroc_parts, delong_difference
+from gmmamba.evaluation import (
+    LEVELS,
+    Evaluation,
+    EvaluationError,
+    Units,
+    bootstrap_counts,
+    patients_of,
+    pooled_scores,
+    pools,
+    read_predictions,
+    run_units,
+)
+from gmmamba.intervals import holm
+from gmmamba.scores import OVERALL
+from slidestore.atomic import replace_when_whole
 
-SAMPLES = 2000
-Pooled = list[tuple[np.ndarray, np.ndarray]]  # for each seed: true classes (S,) and probabilities (S, C)
-
-
-def read_test(files: Sequence[Path]) -> pd.DataFrame:
-    """The test slides of the runs of an experiment, seed by seed, in an order that experiments share."""
-    table = pd.concat(read_predictions(file) for file in files)
-    return table[table["part"] == "test"].sort_values(["seed", "fold", "slide_id"], ignore_index=True)
-
-
-def check_same_slides(tables: dict[str, pd.DataFrame]) -> None:
-    """Raise ValueError unless all experiments tested the same slides in the same folds and seeds."""
-    keys = ["seed", "fold", "cohort", "slide_id"]
-    (first, reference), *others = tables.items()
-    for name, table in others:
-        if not table[keys].equals(reference[keys]):
-            raise ValueError(f"{first} and {name} tested other slides, folds or seeds: predict both anew")
-
-
-def pooled(table: pd.DataFrame, classes: list[str]) -> Pooled:
-    """The test slides of all folds, as each is tested once a seed (in repeated random splits, once a draw)."""
-    return [probabilities_of(of_seed, classes) for _, of_seed in table.groupby("seed")]
+COLUMNS = ["first", "second", "level", "metric", "difference", "low", "high", "p", "p_holm", "test"]
+Runs = dict[str, list[pd.DataFrame]]  # by experiment: the predictions.csv of each run, in an order that all share
 
 
-def values(pools: Pooled, weights: np.ndarray) -> np.ndarray:
-    """AUROC (macro), accuracy and log loss, each the mean over seeds, for each row of weights (B, S): (B, 3). NaN where
-    a class has no weight."""
-    total, rows = weights.sum(1), []
-    for true, P in pools:
-        classes = range(P.shape[1] - 1, 0 if P.shape[1] == 2 else -1, -1)
-        auroc = np.mean([weighted_auroc(true == c, P[:, c], weights) for c in classes], axis=0)
-        loss = -np.log(P[np.arange(len(true)), true])
-        rows.append([auroc, weights @ (P.argmax(1) == true) / total, weights @ loss / total])
-    return np.mean(rows, axis=0).T
+def read_runs(files: Mapping[str, Sequence[Path]]) -> Runs:
+    """The runs of several experiments. EvaluationError unless all tested the same slides, folds and seeds."""
+    runs = {name: [read_predictions(path) for path in paths] for name, paths in files.items()}
+    for tables in runs.values():
+        tables.sort(key=lambda table: (table["fold"].iloc[0], table["seed"].iloc[0]))
+    (first, reference), *others = ((name, _tested(tables)) for name, tables in runs.items())
+    for name, tested in others:
+        if not tested.equals(reference):
+            raise EvaluationError(f"{first} and {name} tested other slides, folds or seeds: predict both anew")
+    return runs
 
 
-def weighted_auroc(positive: np.ndarray, scores: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The share of pairs of a positive and another slide in which the positive has the higher score, ties half.
+def _tested(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    keys = ["fold", "seed", "cohort", "slide_id", "patient_id", "true"]
+    table = pd.concat(tables)
+    return table.loc[table["part"] == "test", keys].sort_values(keys, ignore_index=True)
 
-    positive: (S,) bool; scores: (S,); weights: (B, S), how often each slide counts. One value for each row, (B,).
+
+def runs_in(folder: Path, experiments: Sequence[str], only: Sequence[str] = ()) -> dict[str, list[Path]]:
+    """The predictions.csv of experiments of a dataset's folder: of the runs named in `only`, such as fold0_seed0, else
+    of all runs that each of them has. FileNotFoundError where there are none."""
+    found = {
+        name: {path.parent.name: path for path in sorted((folder / name).glob("fold*_seed*/predictions.csv"))}
+        for name in experiments
+    }
+    for name, paths in found.items():
+        for missing in sorted(set(only) - set(paths)):
+            raise FileNotFoundError(f"{folder / name / missing / 'predictions.csv'} does not exist: run it first")
+        if not paths:
+            raise FileNotFoundError(f"{folder / name} has no fold*_seed*/predictions.csv: run the experiment first")
+    shared = [run for run in next(iter(found.values())) if all(run in paths for paths in found.values())]
+    if not (wanted := list(only) or shared):
+        raise FileNotFoundError(f"{', '.join(experiments)} have no fold and seed in common: run one of them for more")
+    return {name: [paths[run] for run in wanted] for name, paths in found.items()}
+
+
+def classes_of(table: pd.DataFrame) -> list[str]:
+    """The classes of a predictions.csv, in their order."""
+    return [name.removeprefix("prob_") for name in table.columns if name.startswith("prob_")]
+
+
+def pooled_runs(runs: Runs, classes: list[str], settings: Evaluation, level: str) -> dict[str, list[Units]]:
+    """The pools of each experiment."""
+    return {
+        name: pools([run_units(table, classes, settings, level) for table in tables]) for name, tables in runs.items()
+    }
+
+
+def compare_pairs(
+    pooled: Mapping[str, list[Units]], classes: list[str], pairs: Sequence[tuple[str, str]]
+) -> pd.DataFrame:
+    """The rows of comparisons.csv of these pairs of experiments and one level, but for `level`."""
+    whole = {name: pooled_scores(units, classes) for name, units in pooled.items()}
+    counts = bootstrap_counts(len(patients_of(next(iter(pooled.values())))))
+    sampled = {name: pooled_scores(units, classes, counts) for name, units in pooled.items()}
+    parts = {name: auroc_parts(units, len(classes)) for name, units in pooled.items()}
+    rows: list[tuple[object, ...]] = []
+    for first, second in pairs:
+        for metric in OVERALL:
+            difference = float(whole[first][metric][0] - whole[second][metric][0])
+            if np.isfinite(difference):
+                low, high, p = bootstrap_difference(sampled[first][metric] - sampled[second][metric])
+                rows.append((first, second, metric, difference, low, high, p, "bootstrap"))
+        if np.isfinite(parts[first][0]):
+            rows.append((first, second, "auroc", *delong_difference(parts[first], parts[second]), "delong"))
+    table = pd.DataFrame(rows, columns=[c for c in COLUMNS if c not in ("level", "p_holm")])
+    table["p_holm"] = table.groupby(["metric", "test"])["p"].transform(lambda p: holm(list(p)))
+    return table
+
+
+def bootstrap_difference(differences: np.ndarray) -> tuple[float, float, float]:
+    """The middle 95 % of the differences that are defined, and the two-sided p value of no difference."""
+    defined = differences[np.isfinite(differences)]
+    low, high = np.quantile(defined, [0.025, 0.975])
+    tail = min((defined <= 0).sum(), (defined >= 0).sum()) + 1  # + 1: this study is a sample, too
+    return float(low), float(high), min(1.0, 2 * float(tail) / (len(defined) + 1))
+
+
+def compare(files: Mapping[str, Sequence[Path]], settings: Evaluation, output: Path) -> None:
+    """Write comparisons.csv of these experiments (name -> the predictions.csv of its runs) to `output`."""
+    table = pd.DataFrame(columns=COLUMNS)
+    if len(files) > 1:
+        runs, pairs = read_runs(files), list(combinations(files, 2))
+        classes = classes_of(next(iter(runs.values()))[0])
+        table = pd.concat(
+            compare_pairs(pooled_runs(runs, classes, settings, level), classes, pairs).assign(level=level)
+            for level in LEVELS
+        )
+    with replace_when_whole(output) as part:
+        table[COLUMNS].to_csv(part, index=False)
+
+
+def comparison_page(files: Mapping[str, Sequence[Path]], settings: Evaluation) -> str:
+    """A Markdown table of experiments, the first of which the others are compared with, on the level of slides.
+
+    AUROC over folds is the mean ± sd of the test folds of all seeds; the other columns are those of pools.
     """
-    ours, others = scores[positive][:, None], scores[~positive]
-    ahead = (ours > others) + (ours == others) / 2
-    W, V = weights[:, positive], weights[:, ~positive]
-    with np.errstate(invalid="ignore"):  # 0 / 0 is NaN: no such pair
-        return np.asarray(((W @ ahead) * V).sum(1) / (W.sum(1) * V.sum(1)))
+    runs = read_runs(files)
+    reference, *others = files
+    classes = classes_of(runs[reference][0])
+    pooled = pooled_runs(runs, classes, settings, "slide")
+    table = compare_pairs(pooled, classes, [(name, reference) for name in others])
+    bootstrapped = {
+        (row["first"], row["metric"]): row for row in table.to_dict("records") if row["test"] == "bootstrap"
+    }
 
+    def difference(name: str, metric: str) -> str:
+        row = bootstrapped.get((name, metric))
+        return f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]" if row else ""
 
-def bootstrap_samples(table: pd.DataFrame, samples: int = SAMPLES) -> np.ndarray:
-    """How often each slide counts (samples, S) where as many patients as there are are drawn with replacement: the same
-    for every experiment."""
-    patients = table.loc[table["seed"] == table["seed"].min(), "patient_id"]
-    owner, names = pd.factorize(patients, sort=True)
-    drawn = np.random.default_rng(0).integers(len(names), size=(samples, len(names)))
-    counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in drawn])
-    return counts[:, owner].astype(np.float64)
-
-
-def interval(differences: np.ndarray) -> tuple[float, float]:
-    """The middle 95 % of the differences that are defined."""
-    low, high = np.nanquantile(differences, [0.025, 0.975])
-    return float(low), float(high)
+    header = ["experiment", "runs", "AUROC over folds", "AUROC", "accuracy", "log loss", "difference in AUROC",
+              "difference in log loss", "p of the AUROC (DeLong, Holm)"]  # fmt: skip
+    rows = []
+    for name, units in pooled.items():
+        each = [pooled_scores([run_units(run, classes, settings, "slide")], classes)["auroc"][0] for run in runs[name]]
+        values = pooled_scores(units, classes)
+        p = table.loc[(table["first"] == name) & (table["test"] == "delong"), "p_holm"]
+        rows.append([
+            name, str(len(each)), f"{np.mean(each):.3f} ± {np.std(each, ddof=1) if len(each) > 1 else np.nan:.3f}",
+            *(f"{values[of][0]:.3f}" for of in ("auroc", "accuracy", "log_loss")),
+            difference(name, "auroc"), difference(name, "log_loss"), "".join(f"{value:.3g}" for value in p),
+        ])  # fmt: skip
+    lines = [header, ["---:"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

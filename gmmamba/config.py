@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from gmmamba.config_checks import (
 )  # fmt: skip
 from gmmamba.inference.slides import SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
-from gmmamba.splits import SplitSettings
+from gmmamba.split_files import SplitError, fold_names, read_split_file
+from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.foreign import ForeignFiles
 
@@ -77,6 +78,7 @@ class Dataset:
     encoder: str
     split: SplitSettings
     seeds: list[int]
+    evaluation: dict[str, Any]
 
     @property
     def folds(self) -> list[int]:
@@ -171,9 +173,12 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
 
     datasets = {}
     for name, dataset in settings["datasets"].items():
-        split = SplitSettings(**dataset["split"])
+        split = with_folds_of_file(SplitSettings(**dataset["split"]), f"datasets.{name}.split.path")
         seeds = dataset.get("seeds", settings["seeds"])
-        datasets[name] = Dataset(name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split, seeds)
+        datasets[name] = Dataset(
+            name, dataset["cohorts"], dataset["classes"], dataset["encoder"], split, seeds,
+            settings["evaluation"] | dataset["evaluation"],
+        )  # fmt: skip
         members = [cohorts[c] for c in dataset["cohorts"]]
         problems += check_dataset(
             name, [(c.name, c.sheet, list(c.slides.values())) for c in members], dataset["classes"], split
@@ -229,6 +234,16 @@ def new_slides(
         {},
     )
     return NewSlides(cohort, Path(new["slides"]), dataset.name, new["experiment"], like, new.get("mpp"))
+
+
+def with_folds_of_file(split: SplitSettings, where: str) -> SplitSettings:
+    """As many folds as the file has, for the schemes that have one. ConfigError where it cannot be read."""
+    if split.scheme not in FILES or split.path is None:
+        return split
+    try:
+        return replace(split, folds=len(fold_names(read_split_file(Path(split.path), split.scheme))))
+    except SplitError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def with_css_plugin(schema: dict[str, Any]) -> dict[str, Any]:

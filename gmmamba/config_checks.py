@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gmmamba.config import Cohort
 
 RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
+SPLIT_FILES = {"file": "CSV (slide_id, fold0, fold1, ...)", "clam": "folder of splits_0.csv, splits_1.csv, ..."}
 PROTOCOLS = ("unified", "official")
 
 
@@ -114,6 +115,12 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"datasets.{name}.cohorts", cohort, "cohorts")
         yield from encoder_problems(f"datasets.{name}.encoder", dataset["encoder"], dataset["cohorts"], settings)
         yield from split_problems(f"datasets.{name}", dataset["cohorts"], dataset["split"])
+        threshold = (settings["evaluation"] | dataset["evaluation"])["threshold"]
+        if threshold != "argmax" and len(dataset["classes"]) > 2:
+            yield (
+                f"datasets.{name}: a threshold by {threshold} is for two classes, not {len(dataset['classes'])}: set "
+                f"datasets.{name}.evaluation: {{threshold: argmax}}"
+            )
     for name, experiment in settings["experiments"].items():
         yield from unknown(f"experiments.{name}.model", experiment["model"], "models")
         for dataset in datasets_of(experiment):
@@ -222,5 +229,12 @@ def split_problems(where: str, cohorts: list[str], split: dict[str, Any]) -> Ite
             yield f"{where}.split.test_cohorts: all cohorts of the dataset are tested, none is left to train on"
     elif tested:
         yield f"{where}.split.test_cohorts: only the scheme external uses them, this one is {split['scheme']}"
+    if split["scheme"] in ("file", "clam"):
+        if not split["path"]:
+            yield f"{where}.split: the scheme {split['scheme']} needs the path of its {SPLIT_FILES[split['scheme']]}"
+        elif not Path(split["path"]).exists():
+            yield f"{where}.split.path: {split['path']} does not exist (a path relative to the working directory)"
+    elif split["path"]:
+        yield f"{where}.split.path: only the schemes file and clam use it, this one is {split['scheme']}"
     if split["scheme"] == "leave_one_cohort_out" and len(cohorts) < 2:
         yield f"{where}.split: leave_one_cohort_out needs two cohorts or more, {where}.cohorts has {len(cohorts)}"

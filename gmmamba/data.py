@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from gmmamba.models.bag import Bag
-from gmmamba.splits import read_slide_tables
+from gmmamba.slide_tables import read_slide_tables
 from slidestore import SlideStore, StoreError, open_store
 from slidestore.groups import SlideGroups, read_groups
 

@@ -26,7 +26,8 @@ import pandas as pd
 from gmmamba import __version__, figures
 from gmmamba.evaluation import probabilities_of, read_predictions
 from gmmamba.metrics import METRICS
-from gmmamba.splits import PARTS, read_slide_tables
+from gmmamba.slide_tables import read_slide_tables
+from gmmamba.splits import PARTS
 from slidestore import open_store
 from slidestore.atomic import replace_when_whole
 from slidestore.groups import read_groups

@@ -13,19 +13,17 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from gmmamba.slide_tables import read_slide_tables
+from gmmamba.split_files import PARTS, Member, SplitError, fold_names, read_split_file, split_file_problems
 from slidestore.atomic import replace_when_whole
 
-PARTS = ("train", "val", "test")
+FILES = ("file", "clam")  # schemes that take the parts as they are
 GOES_BY = {  # what a scheme goes by, besides labels: of this, a patient must have one
     "column": "split",
     "external": "side",
     "leave_one_cohort_out": "cohort",
     "site_preserved": "site",
 }
-
-
-class SplitError(ValueError):
-    """Slides that cannot be split as asked; the message names the class or the slide, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -37,19 +35,24 @@ class SplitSettings:
                   external: all of `test_cohorts` is the test part of every fold, and the validation parts of the
                   `folds` folds share out the patients of the other cohorts;
                   leave_one_cohort_out: a fold a cohort (in alphabetical order), whose test part is that cohort;
-                  site_preserved: as kfold, but of whole sites, the sheet's `site` column
+                  site_preserved: as kfold, but of whole sites, the sheet's `site` column;
+                  file: as `path` has it, a file like splits.csv; clam: as the splits_k.csv in the folder `path`
     test          share of all patients that a draw of `ratio` tests
     validation    share of patients to choose the epoch by: of all (ratio), of those not tested (kfold,
                   leave_one_cohort_out; site_preserved, to the nearest 1/n)
     test_cohorts  for external
+    path          for file and clam
     """
 
-    scheme: Literal["kfold", "ratio", "column", "external", "leave_one_cohort_out", "site_preserved"] = "kfold"
+    scheme: Literal[
+        "kfold", "ratio", "column", "external", "leave_one_cohort_out", "site_preserved", "file", "clam"
+    ] = "kfold"
     folds: int = 5
     test: float = 0.2
     validation: float = 0.2
     seed: int = 0
     test_cohorts: Sequence[str] = ()
+    path: str | None = None
 
     def count_folds(self, cohorts: Sequence[str]) -> int:
         """The number of folds of a dataset of these cohorts."""
@@ -189,35 +192,54 @@ def _check_parts(
                     )
 
 
-def read_slide_tables(slide_tables: Mapping[str, Path]) -> pd.DataFrame:
-    """The slide tables of several cohorts as one, with a column `cohort`; every value a string, absent ones ""."""
-    tables = [
-        pd.read_csv(path, dtype=str, keep_default_na=False).assign(cohort=cohort)
-        for cohort, path in slide_tables.items()
-    ]
-    return pd.concat(tables, ignore_index=True)
-
-
 def split_dataset(slide_tables: Mapping[str, Path], classes: list[str], settings: SplitSettings, output: Path) -> None:
     """Split the ready slides of a dataset (slide_tables: cohort -> CSV) and write splits.csv to `output`.
 
-    Raises SplitError: see `patient_folds`; also for a patient with two labels, or two of what the scheme goes by
-    (two parts, two sites, a cohort that is tested and one that is not).
+    Raises SplitError: see `patient_folds` and `parts_of_file`; also for a patient with two labels, or two of what the
+    scheme goes by (two parts, two sites, a cohort that is tested and one that is not).
     """
     slides = read_slide_tables(slide_tables)
+    lost = slides.loc[slides["status"] != "ready", "slide_id"].tolist()
     slides = slides[slides["status"] == "ready"]
+    table = slides[["slide_id", "cohort", "patient_id", "label"]].copy()
+    if settings.scheme in FILES:
+        parts = parts_of_file(
+            settings, {s: Member(p, y) for s, _, p, y in table.itertuples(index=False)}, classes, lost
+        )
+        table = table.join(parts, on="slide_id")
+    else:
+        for fold, of in enumerate(drawn_parts(slides, classes, settings)):
+            table[f"fold{fold}"] = table["patient_id"].map(of)
+    with replace_when_whole(output) as part:
+        table.to_csv(part, index=False)
+
+
+def parts_of_file(
+    settings: SplitSettings,
+    slides: Mapping[str, Member],
+    classes: list[str],
+    left_out: Sequence[str] = (),
+    complete: bool = True,
+) -> pd.DataFrame:
+    """The parts that the file of a split has for `slides`, by slide_id; SplitError lists all that is wrong with it, as
+    `split_file_problems` finds it."""
+    assert settings.path is not None, "the configuration is checked for it"
+    path = Path(settings.path)
+    table = read_split_file(path, settings.scheme)
+    if problems := split_file_problems(table, slides, classes, path, left_out, complete):
+        raise SplitError("\n".join(problems))
+    return table.reindex(list(slides))[fold_names(table)]
+
+
+def drawn_parts(slides: pd.DataFrame, classes: list[str], settings: SplitSettings) -> list[dict[str, str]]:
+    """patient_id -> part, one dict a fold, of slides (rows of slide tables)."""
     labels = _one_per_patient(slides, "label", classes)
     given = None
     if column := GOES_BY.get(settings.scheme):
         cells = (slides[name] if name in slides else [""] * len(slides) for name in ("cohort", "split", "site"))
         values = [settings.goes_by(*row) for row in zip(*cells, strict=True)]
         given = _one_per_patient(slides.assign(**{column: values}), column, PARTS if column == "split" else None)
-    folds = patient_folds(labels, classes, settings, given)
-    table = slides[["slide_id", "cohort", "patient_id", "label"]].copy()
-    for fold, parts in enumerate(folds):
-        table[f"fold{fold}"] = table["patient_id"].map(parts)
-    with replace_when_whole(output) as part:
-        table.to_csv(part, index=False)
+    return patient_folds(labels, classes, settings, given)
 
 
 def _one_per_patient(slides: pd.DataFrame, column: str, known: Sequence[str] | None) -> dict[str, str]:

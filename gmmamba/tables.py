@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from gmmamba.comparison import bootstrap_samples, check_same_slides, interval, pooled, read_test, values
+from gmmamba.comparison import compare_pairs, pooled_runs, read_runs
+from gmmamba.evaluation import Evaluation
 from gmmamba.metrics import METRICS
 from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.atomic import replace_when_whole
@@ -79,15 +80,16 @@ def table_numbers(
 ) -> pd.DataFrame:
     """The CSV: see the module."""
     folders = {row: results / experiment_name(row, protocol) for row in table.rows}
-    tests = {
-        row: read_test([folder / f"fold{f}_seed{s}" / "predictions.csv" for f, s in product(folds, seeds)])
-        for row, folder in folders.items()
-    }
-    check_same_slides(tests)
-    samples = bootstrap_samples(next(iter(tests.values())))
-    pools = {row: pooled(test, classes) for row, test in tests.items()}
-    auroc = {row: values(pool, np.ones_like(samples[:1]))[0, 0] for row, pool in pools.items()}
-    sampled = {row: values(pool, samples)[:, 0] for row, pool in pools.items()}
+    runs = read_runs(
+        {
+            row: [of / f"fold{f}_seed{s}" / "predictions.csv" for f, s in product(folds, seeds)]
+            for row, of in folders.items()
+        }
+    )
+    others = {row: what.against or table.reference for row, what in table.rows.items()}
+    pairs = [(row, other) for row, other in others.items() if other is not None and other != row]
+    compared = compare_pairs(pooled_runs(runs, classes, Evaluation(), "slide"), classes, pairs)
+    compared = compared[(compared["metric"] == "auroc") & (compared["test"] == "bootstrap")].set_index("first")
 
     rows: list[dict[str, Any]] = []
     for row, what in table.rows.items():
@@ -97,12 +99,10 @@ def table_numbers(
         numbers["runs"] = len(metrics) - 2  # the last are mean and sd
         for name in METRICS:
             numbers |= {f"{name}_mean": metrics.at["mean", name], f"{name}_sd": metrics.at["sd", name]}
-        other = what.against or table.reference
         numbers["compared_with"] = ""
-        if other is not None and other != row:
-            numbers["compared_with"] = folders[other].name
-            low, high = interval(sampled[row] - sampled[other])
-            numbers |= {"auroc_difference": auroc[row] - auroc[other], "auroc_low": low, "auroc_high": high}
+        if row in compared.index:
+            numbers["compared_with"] = folders[others[row] or ""].name
+            numbers |= {f"auroc_{name}": compared.at[row, name] for name in ("difference", "low", "high")}
         rows.append(numbers)
     frame = pd.DataFrame(rows)
     if any(what.against for what in table.rows.values()):

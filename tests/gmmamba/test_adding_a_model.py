@@ -42,8 +42,9 @@ def test_the_page_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     (tmp_path / "schema.yaml").write_text(yaml.safe_dump(whole))
     default = inspect.signature(getattr(module, class_name)).parameters["k"].default
     assert whole["$defs"]["methods"][method]["properties"]["k"]["default"] == default
-    rows = [f"S{i},P{i},{('normal', 'tumour')[i % 2]},s.svs" for i in range(20)]
-    (tmp_path / "s.svs").touch()
+    rows = [f"S{i},P{i},{('normal', 'tumour')[i % 2]},s{i}.svs" for i in range(20)]
+    for i in range(20):
+        (tmp_path / f"s{i}.svs").touch()
     (tmp_path / "slides.csv").write_text("\n".join(["slide_id,patient_id,label,path", *rows]))
     config = yaml.safe_load((ROOT / "config.yaml").read_text()) | yaml.safe_load(named)
     config["cohorts"]["demo"]["sheet"] = str(tmp_path / "slides.csv")

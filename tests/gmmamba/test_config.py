@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from gmmamba.config import ConfigError, Experiment, load_config, schema_problems
+from gmmamba.evaluation import Evaluation
 from gmmamba.models import MODELS, create_model
 from gmmamba.models.bag import Bag, MILOutput
 from gmmamba.models.css import VARIANTS
@@ -228,7 +230,7 @@ def test_excluded_rows_are_kept_but_not_checked_for_files(tmp_path: Path) -> Non
 
 
 def test_mpp_comes_from_the_row_before_the_cohort(tmp_path: Path) -> None:
-    rows = [*(row + ",," for row in good_rows()), "S90,P90,normal,n.svs,0.25,", "S91,P91,normal,n.svs,,20"]
+    rows = [*(row + ",," for row in good_rows()), "S90,P90,normal,n.svs,0.25,", "S91,P91,normal,m.svs,,20"]
     config = good_config(write_sheet(tmp_path, rows, "slide_id,patient_id,label,path,mpp,magnification"))
     config["cohorts"]["demo"]["magnification"] = 40
     slides = load_config(config).cohorts["demo"].slides
@@ -303,6 +305,7 @@ SCHEMA = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text
         (EncoderSettings, SCHEMA["$defs"]["encoder"]["properties"]),
         (SplitSettings, SCHEMA["$defs"]["dataset"]["properties"]["split"]["properties"]),
         (TrainingSettings, SCHEMA["$defs"]["training"]["properties"]),
+        (Evaluation, SCHEMA["$defs"]["evaluation"]["properties"]),
     ],
 )
 def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -> None:
@@ -318,7 +321,7 @@ def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
 
 
-@pytest.mark.parametrize("page", ["encoders.md", "interop.md"])
+@pytest.mark.parametrize("page", ["encoders.md", "interop.md", "statistics.md"])
 def test_the_docs_examples_are_configurations(page: str) -> None:
     example = yaml.safe_load(code_blocks(page, "yaml")[0])
     minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
@@ -523,3 +526,19 @@ def test_two_parts_for_a_patient_are_named_before_any_job(tmp_path: Path) -> Non
     )
     config["datasets"]["demo"]["split"] = {"scheme": "column"}
     assert "patient P0 has two parts: 'train' for S0" in problems(config)
+
+
+def test_a_dataset_may_be_evaluated_otherwise(config: dict[str, Any]) -> None:
+    config["evaluation"] = {"threshold": "youden"}
+    config["datasets"]["demo"]["evaluation"] = {"patient": "max"}
+    assert load_config(config).datasets["demo"].evaluation == {"threshold": "youden", "patient": "max"}
+    config["datasets"]["demo"]["classes"] = ["normal", "tumour", "other"]
+    text = problems(config)
+    assert "datasets.demo: a threshold by youden is for two classes, not 3: set datasets.demo.evaluation" in text
+
+
+def test_a_slide_or_a_person_under_two_names_is_refused(tmp_path: Path) -> None:
+    rows = [*good_rows(), "S90,P90-normal,normal,s4.svs", "S91,P90-tumour,tumour,n.svs"]
+    text = problems(good_config(write_sheet(tmp_path, rows)))
+    assert re.search(r"demo: S4 \(.*slides.csv, line 6\); S90 \(.*slides.csv, line 22\) are one file, ", text)
+    assert re.search(r"the patients P90-normal \(S90 .*line 22\)\); P90-tumour \(S91 .*\) differ by the name", text)

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from gmmamba.evaluation import evaluate
+from gmmamba.evaluation import Evaluation, evaluate
 from gmmamba.figures import GRID, SlidePictures, roc_on_grid
 from gmmamba.prediction import predict
 from gmmamba.report import check_complete, choose_examples, format_scores, read_runs, report, summary
@@ -61,7 +61,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             train(e, fold, 0, splits, slide_tables, groups, run, threads=1)
             files.append(run / "predictions.csv")
             predict(run, fold, 0, splits, slide_tables, groups, files[-1], run / "attention.npz")
-        evaluate(files, CLASSES, results / str(e["name"]) / "metrics.csv")
+        folder = results / str(e["name"])
+        evaluate(files, CLASSES, Evaluation(), folder / "metrics.csv", folder / "pooled.csv")
     return {
         "dataset": "two-hospitals",
         "experiments": experiments,
@@ -131,7 +132,8 @@ def test_accounting_adds_up(finished: dict[str, Any], tmp_path: Path, capsys: py
     # One fold only: the other's slides are in no test part, and are counted as such.
     metrics = finished["results"] / "mean" / "metrics.csv"
     kept = metrics.read_bytes()
-    evaluate([finished["results"] / "mean" / "fold0_seed0" / "predictions.csv"], CLASSES, metrics)
+    run = finished["results"] / "mean" / "fold0_seed0"
+    evaluate([run / "predictions.csv"], CLASSES, Evaluation(), metrics, metrics.with_name("pooled.csv"))
     try:
         mean_only = [e for e in finished["experiments"] if e["name"] == "mean"]
         text = write(finished, tmp_path, folds=[0], experiments=mean_only)
@@ -161,7 +163,7 @@ def test_external_validation_is_told_from_cross_validation(finished: dict[str, A
     for fold, file in zip(FOLDS, files, strict=True):
         train(experiment("mean", epochs=2), fold, 0, splits, tables, None, file.parent, threads=1)
         predict(file.parent, fold, 0, splits, tables, None, file, file.parent / "attention.npz")
-    evaluate(files, CLASSES, results / "mean" / "metrics.csv")
+    evaluate(files, CLASSES, Evaluation(), results / "mean" / "metrics.csv", results / "mean" / "pooled.csv")
     text = write(finished, tmp_path, experiments=[experiment("mean", epochs=2)], slide_tables=tables, splits=splits,
                  results=results)  # fmt: skip
 

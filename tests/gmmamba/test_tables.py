@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from gmmamba.config import TABLES, Config, load_config
-from gmmamba.evaluation import evaluate
+from gmmamba.evaluation import Evaluation, evaluate
 from gmmamba.table_rows import Row, table_of
 from gmmamba.tables import write_table
 
@@ -21,8 +21,9 @@ CLASSES = ["normal", "tumour"]
 
 def load(tmp_path: Path, **settings: Any) -> Config:
     """The demo's configuration with slides that nobody reads."""
-    rows = [f"S{i},P{i},{CLASSES[i % 2]},s.svs" for i in range(20)]
-    (tmp_path / "s.svs").touch()
+    rows = [f"S{i},P{i},{CLASSES[i % 2]},s{i}.svs" for i in range(20)]
+    for i in range(20):
+        (tmp_path / f"s{i}.svs").touch()
     (tmp_path / "slides.csv").write_text("\n".join(["slide_id,patient_id,label,path", *rows]))
     text = (ROOT / "config.yaml").read_text().replace("results/demo/cohort/slides.csv", str(tmp_path / "slides.csv"))
     return load_config(yaml.safe_load(text) | settings)
@@ -60,12 +61,14 @@ def test_tables_take_their_own_training_and_all_datasets_unless_told(tmp_path: P
 
 def test_the_posters_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     raw = yaml.safe_load((ROOT / "config" / "poster.yaml").read_text())
-    (tmp_path / "s.svs").touch()
+    for i in range(90):
+        (tmp_path / f"s{i}.svs").touch()
     monkeypatch.chdir(tmp_path)
     for dataset in raw["datasets"].values():
         (cohort,) = dataset["cohorts"]
         rows = [
-            f"S{i},P{i},{dataset['classes'][i % len(dataset['classes'])]},s.svs,{('train', 'val', 'test')[i // 3 % 3]}"
+            f"S{i},P{i},{dataset['classes'][i % len(dataset['classes'])]},s{i}.svs,"
+            f"{('train', 'val', 'test')[i // 3 % 3]}"
             for i in range(90)
         ]
         Path(f"{cohort}.csv").write_text("\n".join(["slide_id,patient_id,label,path,split", *rows]))
@@ -83,7 +86,7 @@ def make_runs(folder: Path, quality: float, seeds: int = 2) -> None:
     for fold in range(2):
         for seed in range(seeds):
             rng = np.random.default_rng([fold, seed])
-            true = np.arange(10) % 2
+            true = np.arange(10) // 2 % 2
             p = 1 / (1 + np.exp(-(quality * (true - 0.5) + rng.normal(size=10))))
             path = folder / f"fold{fold}_seed{seed}" / "predictions.csv"
             path.parent.mkdir(parents=True)
@@ -93,7 +96,7 @@ def make_runs(folder: Path, quality: float, seeds: int = 2) -> None:
                 "predicted": [CLASSES[int(x > 0.5)] for x in p], "prob_normal": 1 - p, "prob_tumour": p,
             }).to_csv(path, index=False)  # fmt: skip
             predictions.append(path)
-    evaluate(predictions, CLASSES, folder / "metrics.csv")
+    evaluate(predictions, CLASSES, Evaluation(), folder / "metrics.csv", folder / "pooled.csv")
 
 
 def made(tmp_path: Path, table: dict[str, Any]) -> tuple[pd.DataFrame, str, str]:

@@ -129,7 +129,7 @@ def after_training(*experiments: str) -> set[str]:
         | runs("predict", *experiments)
         | {f"evaluate dataset=d, experiment={experiment}" for experiment in experiments}
         | {f"record_pipeline dataset=d, experiment={experiment}" for experiment in experiments}
-        | {"report dataset=d"}
+        | {"compare dataset=d", "report dataset=d"}
     )
 
 
@@ -349,6 +349,44 @@ def test_one_more_experiment(project: Path) -> None:
     assert plan(project) == after_training("more")
 
 
+def test_an_evaluation_setting(project: Path) -> None:
+    """A threshold chosen on the validation slides: no model is trained or asked again for it."""
+    edit(project, lambda c: c.update(evaluation={"threshold": "youden"}))
+    assert plan(project) == EVALUATE
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    metrics = pd.read_csv(project / "results/d/mean/metrics.csv")
+    assert metrics.threshold[0] != 0.5
+
+
+def test_splits_edited_by_hand(project: Path) -> None:
+    """What the pipeline wrote, given back, trains nothing once it is known to be the same; an edit does."""
+    own, splits = project / "own splits.csv", project / "results/d/splits.csv"
+    shutil.copy(splits, own)
+    edit(project, lambda c: c["datasets"]["d"].update(split={"scheme": "file", "path": own.name}))
+    everything = SPLIT | after_training(*EXPERIMENTS)
+    assert plan(project) == everything
+    run = snakemake(project, "--show-failed-logs", "results/d/splits.csv")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert splits.read_text() == own.read_text()
+    assert plan(project) == {"report dataset=d"}  # which shows the scheme
+    table = pd.read_csv(own, index_col="slide_id")
+    table.loc[["s0", "s2", "s4", "s6", "s8"], "fold0"] = table.loc[["s2", "s4", "s6", "s8", "s0"], "fold0"].to_numpy()
+    table.to_csv(own)
+    assert plan(project) == everything
+
+
+def test_the_same_slide_under_two_names_is_refused(project: Path) -> None:
+    shutil.copy(project / "a" / FILES["s0"], project / "a/twin.tif")
+    with (project / "a/slides.csv").open("a") as sheet:
+        sheet.write("twin,a-twin,normal,twin.tif\n")
+    run = snakemake(project, "--show-failed-logs", "results/d/splits.csv")
+    assert run.returncode != 0
+    output = run.stdout + run.stderr
+    assert "  - s0 (cohort a, patient a-s0, normal); twin (cohort a, patient a-twin, normal)" in output
+    assert "Traceback" not in output
+
+
 def test_report_setting(project: Path) -> None:
     edit(project, lambda c: c.update(report={"title": "Another title"}))
     assert plan(project) == {"report dataset=d"}
@@ -384,7 +422,7 @@ def test_a_comment_runs_nothing(project: Path, code: Path) -> None:
 def test_a_table_brings_its_runs_and_no_others(project: Path) -> None:
     rows = [f"{name}.unified" for name in ("with-bmp", "with-lg-bmp", "without-masking", "with-imm", "with-css",
                                            "published")]  # fmt: skip
-    expected = (after_training(*rows) - {"report dataset=d"}) | group("a", groups=10)
+    expected = (after_training(*rows) - {"compare dataset=d", "report dataset=d"}) | group("a", groups=10)
     expected -= {f"record_pipeline dataset=d, experiment={row}" for row in rows}
     expected.add("write_table dataset=d, table=ablation")
     assert plan(project, ROOT, "table_ablation") == expected
@@ -423,11 +461,12 @@ def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(project: Pa
     assert (folder / "first_stage/model.safetensors").is_file()
     expected = {f"{rule} dataset=d, experiment=twice, fold=1, seed=0" for rule in ("train", "predict")}
     expected |= {f"{rule} dataset=d, experiment=twice" for rule in ("evaluate", "record_pipeline")}
-    assert plan(project) == expected | {"report dataset=d"}
+    assert plan(project) == expected | {"compare dataset=d", "report dataset=d"}
     edit(project, lambda c: c["experiments"]["twice"].update(overrides={"stage": 1}))
     assert plan(project) == after_training("twice")  # the first stage alone is a method of one
 
 
+EVALUATE = {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"compare dataset=d", "report dataset=d"}
 STAGES = {  # module -> what its change makes run
     "preprocessing/tile.py": EVERYTHING,
     "preprocessing/contours.py": EVERYTHING,
@@ -438,7 +477,8 @@ STAGES = {  # module -> what its change makes run
     "gmmamba/splits.py": ACCOUNT | CONTACTS | SPLIT | after_training(*EXPERIMENTS),
     "gmmamba/training.py": after_training(*EXPERIMENTS),
     "gmmamba/models/css.py": after_training("gmmamba", "gmmamba2"),
-    "gmmamba/evaluation.py": {f"evaluate dataset=d, experiment={e}" for e in EXPERIMENTS} | {"report dataset=d"},
+    "gmmamba/evaluation.py": EVALUATE,
+    "gmmamba/comparison.py": {"compare dataset=d", "report dataset=d"},
     "gmmamba/report.py": {"report dataset=d"},
     "gmmamba/verify/gmmamba.py": set(),
 }

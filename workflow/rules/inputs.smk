@@ -153,6 +153,15 @@ def split_settings(wildcards):
     return json.dumps(asdict(CONFIG.datasets[wildcards.dataset].split), sort_keys=True)
 
 
+def split_file_digest(wildcards):
+    """What stands in the user's own file or files of a split: no input, as for slides (`version`)."""
+    path = CONFIG.datasets[wildcards.dataset].split.path
+    if path is None:
+        return ""
+    files = sorted(Path(path).glob("splits_*.csv")) if Path(path).is_dir() else [Path(path)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+
+
 def experiment_of(wildcards):
     dataset, name = wildcards.dataset, wildcards.experiment
     if name in TABLE_EXPERIMENTS:
@@ -235,12 +244,29 @@ def dataset_experiments(wildcards):
     return [experiment for (dataset, _), experiment in CONFIG.experiments.items() if dataset == wildcards.dataset]
 
 
+def experiment_names(wildcards):
+    return [experiment.name for experiment in dataset_experiments(wildcards)]
+
+
+def dataset_predictions(wildcards):
+    return [file for name in experiment_names(wildcards) for file in runs(wildcards.dataset, name, "predictions.csv")]
+
+
+def run_names(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    return expand("fold{fold}_seed{seed}", fold=dataset.folds, seed=dataset.seeds)
+
+
+def evaluation_settings(wildcards):
+    return json.dumps(CONFIG.datasets[wildcards.dataset].evaluation, sort_keys=True)
+
+
 def report_inputs(wildcards):
     """Everything the report draws: metrics, predictions, attention and history of each run, and the groups."""
     dataset = CONFIG.datasets[wildcards.dataset]
-    files = []
+    files = [f"results/{dataset.name}/comparisons.csv"]
     for experiment in dataset_experiments(wildcards):
-        files.append(f"results/{dataset.name}/{experiment.name}/metrics.csv")
+        files += [f"results/{dataset.name}/{experiment.name}/{file}" for file in ("metrics.csv", "pooled.csv")]
         for file in ("predictions.csv", "attention.npz", "history.csv", "model.json"):
             files += runs(dataset.name, experiment.name, file)
     return files

@@ -14,7 +14,8 @@ rule split_dataset:
         tables=table_options,
         classes=classes,
         settings=split_settings,
-        code=code_digest("gmmamba.splits"),
+        file=split_file_digest,
+        code=code_digest("gmmamba.splits", "gmmamba.leakage"),
     shell:
         "python -m gmmamba split --dataset {wildcards.dataset} --classes {params.classes:q} {params.tables}"
         " --settings {params.settings:q} --output {output} > {log} 2>&1"
