@@ -23,6 +23,7 @@ include: "workflow/rules/train.smk"
 include: "workflow/rules/evaluate.smk"
 include: "workflow/rules/report.smk"
 include: "workflow/rules/tables.smk"
+include: "workflow/rules/predict.smk"
 
 
 rule all:
@@ -32,6 +33,8 @@ rule all:
         slide_tables(),
         group_files(),
         reports(),
+        pipelines(),
+        predictions(),
     localrule: True
 
 

@@ -29,6 +29,7 @@ MODELLING = [
 def main(arguments: list[str] | None = None) -> int:
     """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
     from gmmamba import __version__, split_commands
+    from gmmamba.inference.cli import add_commands
 
     parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
@@ -108,6 +109,8 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--model", type=Path, required=True, help="folder of the trained model")
     sub.add_argument("--predictions", type=Path, required=True)
     sub.add_argument("--attention", type=Path, required=True)
+
+    add_commands(command)  # on new slides: record-pipeline, export-model, predict, localise
 
     sub = command("evaluate", evaluate, "metrics of one experiment over its folds and seeds", ["gmmamba.evaluation"])
     sub.add_argument("--classes", type=json.loads, required=True)

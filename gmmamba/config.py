@@ -20,6 +20,7 @@ from gmmamba.cohort import Slide, check_dataset, read_sheet
 from gmmamba.config_checks import (
     ConfigError,
     datasets_of,
+    different_tilings,
     feature_problems,
     model_problems,
     overlap_problems,
@@ -28,6 +29,7 @@ from gmmamba.config_checks import (
     schema_problems,
     slide_tiling_problems,
 )  # fmt: skip
+from gmmamba.inference.slides import SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
@@ -100,8 +102,21 @@ class Experiment:
 
 
 @dataclass(frozen=True)
+class NewSlides:
+    """Slides to predict with a trained experiment; `cohort` has them, the tiling of the training and no labels."""
+
+    cohort: Cohort
+    source: Path
+    dataset: str
+    experiment: str
+    like: str
+    mpp: float | None
+
+
+@dataclass(frozen=True)
 class Config:
     cohorts: dict[str, Cohort]
+    predictions: dict[str, NewSlides]
     encoders: dict[str, dict[str, Any]]
     datasets: dict[str, Dataset]
     experiments: dict[tuple[str, str], Experiment]  # by (dataset, experiment)
@@ -190,11 +205,35 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
             experiment_name(name, asked["protocol"]), experiment, settings, datasets[dataset], schema
         )
 
+    predictions = {name: new_slides(name, new, cohorts, datasets) for name, new in settings["predictions"].items()}
     return Config(
-        cohorts, settings["encoders"], datasets, experiments,
+        cohorts, predictions, settings["encoders"], datasets, experiments,
         tables, {name: asked["datasets"].get(name, list(datasets)) for name in tables}, asked["protocol"],
         table_experiment, settings["max_failed_share"], settings["reading"], settings["report"],
     )  # fmt: skip
+
+
+def new_slides(
+    name: str, new: Mapping[str, Any], cohorts: dict[str, Cohort], datasets: dict[str, Dataset]
+) -> NewSlides:
+    """The slides of `predictions.{name}`, listed. ConfigError where there are none, or their tiling is not known."""
+    where, dataset = f"predictions.{name}", datasets[new["dataset"]]
+    members = {cohort: cohorts[cohort] for cohort in dataset.cohorts}
+    raise_if(different_tilings(where, new.get("like"), members))
+    like = new.get("like", dataset.cohorts[0])
+    try:
+        slides = list_slides(Path(new["slides"]), new.get("mpp"))
+    except SlidesError as error:
+        raise ConfigError(f"{where}.slides: {error}") from error
+    cohort = Cohort(
+        name,
+        Path(new["slides"]),
+        {slide.slide_id: slide for slide in slides},
+        cohorts[like].tiling,
+        [dataset.encoder],
+        {},
+    )
+    return NewSlides(cohort, Path(new["slides"]), dataset.name, new["experiment"], like, new.get("mpp"))
 
 
 def with_folds_of_file(split: SplitSettings, where: str) -> SplitSettings:

@@ -132,9 +132,31 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
     costs = settings["report"]["costs"]
     if costs is not None and not Path(costs).is_file():
         yield f"report.costs: {costs} does not exist (a path relative to the working directory)"
+    for name, new in settings["predictions"].items():
+        where = f"predictions.{name}"
+        yield from unknown(f"{where}.dataset", new["dataset"], "datasets")
+        yield from unknown(f"{where}.experiment", new["experiment"], "experiments")
+        experiment = settings["experiments"].get(new["experiment"])
+        if experiment and new["dataset"] not in datasets_of(experiment):
+            yield f"{where}: experiment {new['experiment']} is not trained on dataset {new['dataset']}"
+        if name in settings["cohorts"] or name in settings["datasets"]:
+            yield f"{where}: a cohort or dataset has this name, and so the folder results/{name}: choose another"
     for name, named in settings["tables"]["datasets"].items():
         for dataset in named:
             yield from unknown(f"tables.datasets.{name}", dataset, "datasets")
+
+
+def different_tilings(where: str, like: str | None, cohorts: Mapping[str, Cohort]) -> list[str]:
+    """Why it is not known how new slides are tiled, like the training's: `cohorts` are those of the dataset."""
+    if like is not None and like not in cohorts:
+        return [f"{where}.like: {like!r} is no cohort of its dataset, {nearest(like, list(cohorts))}"]
+    if imported := [cohort.name for cohort in cohorts.values() if cohort.features]:
+        return [
+            f"{where}: the features of {imported[0]} were imported, so how to make those of new slides is not known"
+        ]
+    if like is None and any(cohort.tiling != next(iter(cohorts.values())).tiling for cohort in cohorts.values()):
+        return [f"{where}: the cohorts of its dataset are tiled in different ways: set like, to {' or '.join(cohorts)}"]
+    return []
 
 
 def encoder_problems(where: str, encoder: str, cohorts: list[str], settings: dict[str, Any]) -> Iterator[str]:

@@ -1,5 +1,5 @@
 """Command line of the slide stages: `python -m preprocessing tile | encode | import-tiles | import-features |
-demo-cohort`."""
+picture-patches | demo-cohort`."""
 
 import argparse
 import json
@@ -73,6 +73,12 @@ def import_features(args: argparse.Namespace) -> None:
     run(args.coords, args.record, foreign_files(args), args.encoder, args.weights_sha256, args.output)
 
 
+def picture_patches(args: argparse.Namespace) -> None:
+    from preprocessing.patch_picture import picture_patches as run
+
+    run(args.predictions)
+
+
 def foreign_files(args: argparse.Namespace) -> "ForeignFiles":
     from slidestore.foreign import ForeignFiles
 
@@ -124,6 +130,10 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--encoder", required=True, help="what the stores call it")
     command.add_argument("--weights-sha256", help="of the encoder's weights, if it is known")
     command.add_argument("--output", type=Path, required=True, help="the store to write, .zarr.zip")
+
+    command = commands.add_parser("picture-patches", help="draw the patches that predictions name")
+    command.set_defaults(run=picture_patches, preload=["preprocessing.tile"])
+    command.add_argument("--predictions", type=Path, required=True, help="folder that `gmmamba predict` wrote")
 
     command = commands.add_parser("demo-cohort", help="generate the slides of the demo")
     command.set_defaults(run=demo_cohort, preload=[])

@@ -25,10 +25,21 @@ SLIDES = [f"s{i}" for i in range(6)]
 PREPROCESSING = {"tile_slide", "encode_slide"}
 MODELLING = {
     "contact_sheet", "account_cohort", "group_cohort", "split_dataset", "train", "predict", "evaluate", "report",
+    "record_pipeline",
 }  # fmt: skip
 COMMANDS = {
     "preprocessing": {"tile", "encode"},
-    "gmmamba": {"account", "contact-sheet", "group", "split", "train", "predict-fold", "evaluate", "report"},
+    "gmmamba": {
+        "account",
+        "contact-sheet",
+        "group",
+        "split",
+        "train",
+        "predict-fold",
+        "evaluate",
+        "report",
+        "record-pipeline",
+    },
 }
 
 Snakemake = Callable[..., str]

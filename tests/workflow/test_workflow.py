@@ -128,6 +128,7 @@ def after_training(*experiments: str) -> set[str]:
         runs("train", *experiments)
         | runs("predict", *experiments)
         | {f"evaluate dataset=d, experiment={experiment}" for experiment in experiments}
+        | {f"record_pipeline dataset=d, experiment={experiment}" for experiment in experiments}
         | {"compare dataset=d", "report dataset=d"}
     )
 
@@ -438,6 +439,7 @@ def test_a_table_brings_its_runs_and_no_others(project: Path) -> None:
     rows = [f"{name}.unified" for name in ("with-bmp", "with-lg-bmp", "without-masking", "with-imm", "with-css",
                                            "published")]  # fmt: skip
     expected = (after_training(*rows) - {"compare dataset=d", "report dataset=d"}) | group("a", groups=10)
+    expected -= {f"record_pipeline dataset=d, experiment={row}" for row in rows}
     expected.add("write_table dataset=d, table=ablation")
     assert plan(project, ROOT, "table_ablation") == expected
     run = snakemake(project, "table_ablation", "--show-failed-logs")
@@ -474,9 +476,8 @@ def test_a_method_of_two_stages_trains_the_first_in_a_job_of_its_own(project: Pa
         file.unlink()
     assert (folder / "first_stage/model.safetensors").is_file()
     expected = {f"{rule} dataset=d, experiment=twice, fold=1, seed=0" for rule in ("train", "predict")}
-    assert plan(project) == expected | {
-        "evaluate dataset=d, experiment=twice", "compare dataset=d", "report dataset=d"
-    }  # fmt: skip
+    expected |= {f"{rule} dataset=d, experiment=twice" for rule in ("evaluate", "record_pipeline")}
+    assert plan(project) == expected | {"compare dataset=d", "report dataset=d"}
     edit(project, lambda c: c["experiments"]["twice"].update(overrides={"stage": 1}))
     assert plan(project) == after_training("twice")  # the first stage alone is a method of one
 

@@ -66,18 +66,20 @@ def one_of(names):
     return "|".join(sorted(map(re.escape, names))) or "(?!)"
 
 
+COHORTS = CONFIG.cohorts | {name: new.cohort for name, new in CONFIG.predictions.items()}
 IMPORTED = [cohort.name for cohort in CONFIG.cohorts.values() if cohort.features]
-TILED = [cohort for cohort in CONFIG.cohorts if cohort not in IMPORTED]
+TILED = [cohort for cohort in COHORTS if cohort not in IMPORTED]
 
 
 wildcard_constraints:
-    cohort=one_of(CONFIG.cohorts),
+    cohort=one_of(COHORTS),
     encoder=one_of(CONFIG.encoder_names()),
     grouping=r"(location|random|sequential)-\d+",
     groups=r"\d+",
     dataset=one_of(CONFIG.datasets),
     experiment=one_of({experiment for _, experiment in CONFIG.experiments} | set(TABLE_EXPERIMENTS)),
     table=one_of(CONFIG.tables),
+    prediction=one_of(CONFIG.predictions),
     slide=r"[A-Za-z0-9][A-Za-z0-9._-]*",
     fold=r"\d+",
     seed=r"\d+",
@@ -95,7 +97,7 @@ def slide_tables():
 
 
 def contact_sheets():
-    return [f"results/{cohort}/contact_sheet.html" for cohort in TILED]
+    return [f"results/{cohort}/contact_sheet.html" for cohort in TILED if cohort in CONFIG.cohorts]
 
 
 def group_files():
@@ -108,6 +110,14 @@ def group_files():
             if experiment.grouping and experiment.encoder in cohort.encoders
         }
     )
+
+
+def pipelines():
+    return [f"results/{dataset}/{experiment}/pipeline.json" for dataset, experiment in CONFIG.experiments]
+
+
+def predictions():
+    return [f"results/{name}/{file}" for name in CONFIG.predictions for file in ("predictions.csv", ".patches")]
 
 
 def reports():

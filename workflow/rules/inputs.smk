@@ -4,9 +4,9 @@
 
 
 def slide_row(wildcards):
-    slides = CONFIG.cohorts[wildcards.cohort].slides
+    slides = COHORTS[wildcards.cohort].slides
     if wildcards.slide not in slides:
-        raise WorkflowError(f"slide {wildcards.slide} is not in {CONFIG.cohorts[wildcards.cohort].sheet}")
+        raise WorkflowError(f"slide {wildcards.slide} is not in {COHORTS[wildcards.cohort].sheet}")
     return slides[wildcards.slide]
 
 
@@ -41,7 +41,7 @@ def mask_version(wildcards):
 
 
 def tiling_settings(wildcards):
-    return json.dumps(CONFIG.cohorts[wildcards.cohort].tiling_of(slide_row(wildcards)), sort_keys=True)
+    return json.dumps(COHORTS[wildcards.cohort].tiling_of(slide_row(wildcards)), sort_keys=True)
 
 
 def encoder_settings(wildcards):
@@ -314,6 +314,75 @@ def report_settings(wildcards):
         },
         sort_keys=True,
     )
+
+
+# Predictions on new slides ---------------------------------------------------------------------------------------
+
+
+def run_folders(dataset, experiment):
+    return [str(Path(file).parent) for file in runs(dataset, experiment, "model.json")]
+
+
+def trained_models(wildcards):
+    return [
+        file
+        for name in ("model.safetensors", "model.json")
+        for file in runs(wildcards.dataset, wildcards.experiment, name)
+    ]
+
+
+def trained_folders(wildcards):
+    return run_folders(wildcards.dataset, wildcards.experiment)
+
+
+def pipeline_settings(wildcards):
+    dataset = CONFIG.datasets[wildcards.dataset]
+    encoder = CONFIG.encoders.get(dataset.encoder)
+    settings = {
+        "tiling": {name: CONFIG.cohorts[name].tiling for name in dataset.cohorts if name in TILED},
+        "reading": json.loads(reading_settings(wildcards)),
+        "encoder": encoder and {"name": dataset.encoder, **encoder},
+    }
+    return json.dumps(settings, sort_keys=True)
+
+
+def new_slides(wildcards):
+    return CONFIG.predictions[wildcards.prediction]
+
+
+def ensemble_files(wildcards):
+    new = new_slides(wildcards)
+    files = ("model.safetensors", "model.json")
+    pipeline = f"results/{new.dataset}/{new.experiment}/pipeline.json"
+    return [pipeline, *(file for name in files for file in runs(new.dataset, new.experiment, name))]
+
+
+def new_stores(wildcards):
+    new = new_slides(wildcards)
+    return expand(
+        "results/{cohort}/features/{encoder}/{slide}.zarr.zip",
+        cohort=wildcards.prediction,
+        encoder=new.cohort.encoders,
+        slide=new.cohort.slides,
+    )
+
+
+def new_slides_options(wildcards):
+    new = new_slides(wildcards)
+    runs = ["--runs", *(Path(folder).name for folder in run_folders(new.dataset, new.experiment))]
+    mpp = [] if new.mpp is None else ["--mpp", repr(new.mpp)]
+    return [f"results/{new.dataset}/{new.experiment}", str(new.source), *runs, "--like", new.like, *mpp]
+
+
+def new_slides_code(wildcards):
+    new = new_slides(wildcards)
+    experiment = CONFIG.experiments[new.dataset, new.experiment]
+    return code_digest("gmmamba.inference.command", *model_modules(experiment.method, experiment.model))
+
+
+def new_slides_rows(wildcards):
+    """What a sheet says beside how its slides are read: their labels."""
+    return [[slide.slide_id, slide.label] for slide in new_slides(wildcards).cohort.slides.values()]
 
 
 # Tables ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Predictions on new slides by a trained experiment, with everything that explains them."""
