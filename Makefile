@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
 
-.PHONY: demo test test-slow test-slurm lint bench clean
+.PHONY: demo test test-slow test-browser test-slurm lint bench clean
 
 demo: $(VENV)/installed results/demo/cohort/slides.csv
 	$(SNAKEMAKE) --quiet rules --show-failed-logs
@@ -16,6 +16,11 @@ test: $(VENV)/installed
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(CORES) --dist loadfile -m slow
+
+# Chromium comes from Debian; playwright, which drives it, from PyPI, without browsers of its own.
+test-browser: $(VENV)/installed
+	@command -v chromium > /dev/null || { apt-get update && apt-get install --yes --no-install-recommends chromium; }
+	$(BIN)/python -m pytest -n 0 -m browser tests/browser
 
 # Slurm itself comes from Debian or Ubuntu; its daemons run by hand, in a folder of the tests' own.
 test-slurm: $(VENV)/installed

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import numpy as np
 import pandas as pd
 import torch
 import yaml
@@ -203,9 +202,10 @@ def table(costs: pd.DataFrame, sizes: list[int]) -> str:
 
 def figure(options: argparse.Namespace) -> None:
     """Seconds a slide against what the method reaches; the area of a bubble are its FLOPs."""
-    from matplotlib.figure import Figure
+    import matplotlib as mpl
 
-    from gmmamba.figures import OKABE_ITO, STYLE
+    from gmmamba.charts import cost_figure
+    from gmmamba.figures import STYLE
 
     costs = pd.read_csv(options.costs).query("N == @options.size").dropna()
     reached = pd.read_csv(options.table)
@@ -213,19 +213,9 @@ def figure(options: argparse.Namespace) -> None:
     drawn = costs.merge(reached[["model", f"{options.metric}_mean"]], on="model")
     if drawn.empty:
         raise SystemExit(f"{options.costs} (N = {options.size}) and {options.table} have no method in common")
-    import matplotlib as mpl
-
+    reached_by = dict(zip(drawn["label"], drawn[f"{options.metric}_mean"], strict=True))
+    picture = cost_figure(drawn, reached_by, {"auroc": "AUROC", "accuracy": "accuracy"}[options.metric], options.size)
     with mpl.rc_context(STYLE):
-        picture = Figure(figsize=(6.4, 4.2), layout="constrained")
-        axes = picture.add_subplot()
-        area = 1500 * drawn["flops"] / drawn["flops"].max()
-        colours = [OKABE_ITO[1] if name.startswith("GMMamba") else OKABE_ITO[0] for name in drawn["label"]]
-        axes.scatter(drawn["seconds"], drawn[f"{options.metric}_mean"], np.maximum(area, 8), colours, alpha=0.5)
-        for x, y, label in zip(drawn["seconds"], drawn[f"{options.metric}_mean"], drawn["label"], strict=True):
-            axes.annotate(label, (x, y), fontsize=7, ha="center", va="center")
-        axes.set_xscale("log")
-        axes.set_xlabel(f"seconds a slide of {options.size:,} patches; area: FLOPs")
-        axes.set_ylabel({"auroc": "AUROC", "accuracy": "accuracy"}[options.metric])
         picture.savefig(options.output, metadata={"Date": None} if options.output.suffix == ".svg" else None)
 
 

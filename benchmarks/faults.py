@@ -1,9 +1,9 @@
 """What a run loses when its processes are killed: ``python -m benchmarks.faults`` kills and restarts the demo.
 
-One demo runs undisturbed. Another is started again and again with the plain command, and each time, at a random moment,
-``kill -9`` hits one of its processes at random: Snakemake, a shell, a job, a process that jobs fork from. After every
-kill each output that is there must be whole, after the last one all must be there, and every one must be that of the
-undisturbed run, bit for bit. ``--write PAGE`` puts the table into a Markdown page. Linux only.
+One demo runs undisturbed. Another is started again and again with the plain command, and at random moments, until it
+ends, ``kill -9`` hits one of its processes at random: Snakemake, a shell, a job, a process that jobs fork from. After
+every run each output that is there must be whole, after the last one all must be there, and every one must be that of
+the undisturbed run, bit for bit. ``--write PAGE`` puts the table into a Markdown page. Linux only.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def kind_of(words: list[str]) -> str:
 def run_campaign(
     prepare: Callable[[Path], None], kills: int, longest: float, rng: random.Random, cores: int = 2
 ) -> Campaign:
-    """Kill `kills` processes, each at a moment drawn evenly within `longest` seconds of a start.
+    """Kill `kills` processes, each at a moment drawn evenly within `longest` seconds of a start or of the last kill.
 
     prepare: fills an empty folder with a project. Finished runs are checked, wiped and begun anew.
     """
@@ -117,7 +117,7 @@ def run_campaign(
         expected = outputs(calm)
         while campaign.killed.total() < kills:
             print(f"{campaign.killed.total()} of {kills} kills, {campaign.finished} runs finished", file=sys.stderr)
-            if kill_one(project, longest, rng, cores, campaign, expected):
+            if one_run(project, kills, longest, rng, cores, campaign, expected):
                 finish(project, cores, campaign, expected)
                 shutil.rmtree(project / ".snakemake")
                 for name in outputs(project):
@@ -126,22 +126,31 @@ def run_campaign(
     return campaign
 
 
-def kill_one(
-    project: Path, longest: float, rng: random.Random, cores: int, campaign: Campaign, expected: dict[str, str]
+def one_run(
+    project: Path,
+    kills: int,
+    longest: float,
+    rng: random.Random,
+    cores: int,
+    campaign: Campaign,
+    expected: dict[str, str],
 ) -> bool:
-    """Start the run and kill one of its processes; True where it had finished before."""
+    """Start the run and kill its processes, one after another, until it ends; True where it has come to its end."""
     unlock(project, campaign)
     run = subprocess.Popen(
         command(project, "--cores", str(cores), "--quiet", "all"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    with suppress(subprocess.TimeoutExpired):
-        return run.wait(rng.uniform(0, longest)) == 0
-    before = recorded(project)
-    candidates = {run.pid: "Snakemake"} | processes(project)  # while it starts it is in no folder yet
-    pid = rng.choice(sorted(candidates))
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-        campaign.killed[candidates[pid]] += 1
+    before: set[str] = set()
+    while campaign.killed.total() < kills:
+        with suppress(subprocess.TimeoutExpired):
+            run.wait(rng.uniform(0, longest))
+            break
+        before |= recorded(project)
+        candidates = {run.pid: "Snakemake"} | processes(project)  # while it starts it is in no folder yet
+        pid = rng.choice(sorted(candidates))
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            campaign.killed[candidates[pid]] += 1
     run.wait()
     deadline = time.monotonic() + 60
     while processes(project):
@@ -180,7 +189,9 @@ def prepare_demo(project: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--longest", type=float, default=30, help="seconds from a start to its kill, at most")
+    parser.add_argument(
+        "--longest", type=float, default=30, help="seconds from a start, or a kill, to the next kill, at most"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="the Markdown page to put the table into")
     options = parser.parse_args()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gmmamba.arguments import add_cohort, add_run, add_stores, add_tiles, cohort_file, grouping_file, label_class
 from slidestore.warm_start import run_warm, usage
 
 ACCOUNTING = ["gmmamba.accounting"]
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("--output", type=Path, required=True)
     sub.add_argument("--table", type=Path, required=True)
     sub.add_argument("--accounting", type=Path, required=True)
+    sub.add_argument("--manifest", type=Path, required=True, help="what the report was made of, for `view`")
 
     sub = command("table", table, "a table of the paper, of one dataset, in three forms", ["gmmamba.tables"])
     sub.add_argument("--settings", type=json.loads, required=True)
@@ -144,6 +146,11 @@ def main(arguments: list[str] | None = None) -> int:
 
     sub = command("summary", summary, "print the result table and the accounting of a finished dataset")
     sub.add_argument("folder", type=Path)
+
+    sub = command("view", view, "look at the slides of a finished dataset in a browser, with attention and groups")
+    sub.add_argument("folder", type=Path, help="results of a dataset, such as results/demo")
+    sub.add_argument("--host", default="127.0.0.1", help="address to serve on; 0.0.0.0 lets the whole network look")
+    sub.add_argument("--port", type=int, default=8765, help="0 takes any that is free")
 
     sub = command("verify", verify, "replay reference cases and compare every quantity")
     sub.add_argument("folder", type=Path)
@@ -175,56 +182,13 @@ def user_errors() -> tuple[type[Exception], ...]:
     from gmmamba.evaluation import EvaluationError
     from gmmamba.label_tables import SheetError
     from gmmamba.splits import SplitError
+    from gmmamba.view import ViewError
     from slidestore import StoreError
 
     return (
-        ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, FileNotFoundError,
-        FloatingPointError,
+        ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError,
+        FileNotFoundError, FloatingPointError,
     )  # fmt: skip
-
-
-def label_class(text: str) -> tuple[str, str]:
-    """LABEL=CLASS"""
-    label, equals, name = text.rpartition("=")
-    if not (label and equals and name):
-        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=CLASS")
-    return label.strip(), name.strip()
-
-
-def cohort_file(text: str) -> tuple[str, Path]:
-    """COHORT=FILE"""
-    cohort, _, path = text.partition("=")
-    return cohort, Path(path)
-
-
-def grouping_file(text: str) -> tuple[tuple[str, str], Path]:
-    """COHORT/GROUPING=FILE"""
-    key, _, path = text.partition("=")
-    cohort, _, grouping = key.partition("/")
-    return (cohort, grouping), Path(path)
-
-
-def add_cohort(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--cohort", required=True)
-    sub.add_argument("--sheet", type=Path, required=True)
-
-
-def add_tiles(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tiles", type=Path, required=True, help="folder of what tile_slide wrote")
-
-
-def add_stores(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--stores", type=Path, required=True, help="folder of the stores of one encoder")
-    sub.add_argument("--encoder", required=True)
-
-
-def add_run(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--fold", type=int, required=True)
-    sub.add_argument("--seed", type=int, required=True)
-    sub.add_argument("--splits", type=Path, required=True)
-    sub.add_argument("--slide-table", type=cohort_file, action="append", required=True, metavar="COHORT=CSV")
-    sub.add_argument("--groups", type=cohort_file, action="append", default=[], metavar="COHORT=NPZ")
-    sub.add_argument("--threads", type=int, default=1)
 
 
 def check_config(options: argparse.Namespace) -> None:
@@ -344,12 +308,13 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
+    from gmmamba.report import Outputs
     from gmmamba.report import report as run
 
     run(
-        **options.settings, slide_tables=dict(options.slide_table), groups=dict(options.groups),
-        splits=options.splits, results=options.results, output=options.output, table=options.table,
-        accounting=options.accounting,
+        **options.settings, slide_tables=dict(options.slide_table), groups=dict(options.groups), splits=options.splits,
+        results=options.results,
+        outputs=Outputs(options.output, options.table, options.accounting, options.manifest),
     )  # fmt: skip
 
 
@@ -365,6 +330,12 @@ def summary(options: argparse.Namespace) -> None:
     from gmmamba.report import summary as run
 
     run(options.folder)
+
+
+def view(options: argparse.Namespace) -> None:
+    from gmmamba.view.server import view as run
+
+    run(options.folder, options.host, options.port)
 
 
 def verify(options: argparse.Namespace) -> int:

@@ -1,25 +1,23 @@
-"""The pictures of the report, each as a data URI, so that the page needs no other file.
+"""Pictures of slides, and what all pictures share: data URIs, so that a page needs no other file, style and colours.
 
-Curves are SVG by matplotlib, slides are JPEG. Colours are Okabe and Ito's, which colour-blind people can tell
-apart; wherever a colour says something, a number or a title says it too.
+Colours are Okabe and Ito's, which colour-blind people can tell apart; wherever a colour says something, a number or a
+title says it too.
 """
 
 import base64
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-import pandas as pd
 from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
-from sklearn.metrics import roc_curve
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 HEAT = mpl.colormaps["viridis"]
-GRID = np.linspace(0, 1, 201)  # false positive rates at which ROC curves are averaged
+_BRIGHT = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
+GROUP_COLOURS = np.rint(np.concatenate([_BRIGHT, _BRIGHT / 2])).astype(np.uint8)  # (14, 3) RGB, in turn
 PANEL_PX = 560  # width of a slide's picture; shown at about half, so that it is sharp when printed
 
 STYLE: dict[Any, Any] = {
@@ -34,7 +32,8 @@ STYLE: dict[Any, Any] = {
 
 def svg(figure: Figure) -> str:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _data_uri("image/svg+xml", buffer.getvalue())
 
 
@@ -50,56 +49,6 @@ def _data_uri(media_type: str, content: bytes) -> str:
 
 def colour_of(index: int) -> str:
     return OKABE_ITO[index % len(OKABE_ITO)]
-
-
-def roc_on_grid(true: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
-    """The true positive rates at GRID (201,). true (S,) class indices, probabilities (S, C).
-
-    Two classes: of the second. More: the mean of one class versus the rest.
-    """
-    n_classes = probabilities.shape[1]
-    rates = []
-    for index in [1] if n_classes == 2 else range(n_classes):
-        false_positive, true_positive, _ = roc_curve(true == index, probabilities[:, index])
-        rates.append(np.interp(GRID, false_positive, true_positive))
-    return np.mean(rates, axis=0)
-
-
-def roc_figure(title: str, runs: np.ndarray, others: Sequence[np.ndarray], colour: str) -> str:
-    """The ROC of one experiment: its runs (R, 201) pale, their mean bold, the means of `others` (201,) grey."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(3.1, 3.3), layout="constrained")
-        axes = figure.subplots()
-        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle=":")
-        for other in others:
-            axes.plot([0, *GRID], [0, *other], color="#bbbbbb", linewidth=1)
-        for run in runs:
-            axes.plot([0, *GRID], [0, *run], color=colour, alpha=0.3, linewidth=1)
-        axes.plot([0, *GRID], [0, *runs.mean(axis=0)], color=colour, linewidth=2.4)
-        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", title=title)
-        axes.set(xlabel="false positive rate (1 − specificity)", ylabel="true positive rate (sensitivity)")
-        return svg(figure)
-
-
-def training_figure(title: str, histories: Sequence[pd.DataFrame], kept: Sequence[int], colour: str) -> str:
-    """Losses and validation AUROC over the epochs, a line a run, a dot at the epoch that each run kept."""
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(5.6, 2.5), layout="constrained")
-        loss, auroc = figure.subplots(1, 2)
-        for number, (history, epoch) in enumerate(zip(histories, kept, strict=True)):
-            at = history[history["epoch"] == epoch]
-            train, validation = ("training", "validation") if number == 0 else (None, None)
-            loss.plot(history["epoch"], history["train_loss"], color="#777777", linewidth=1, alpha=0.7, label=train)
-            loss.plot(
-                history["epoch"], history["val_loss"], color=colour, linewidth=1.2, alpha=0.7, linestyle="--",
-                label=validation,
-            )  # fmt: skip
-            auroc.plot(history["epoch"], history["val_auroc"], color=colour, linewidth=1.2, alpha=0.5)
-            auroc.plot(at["epoch"], at["val_auroc"], "o", color=colour, markersize=5)
-        loss.set(xlabel="epoch", title=f"{title}: loss", ylim=(0, None))
-        loss.legend(frameon=False, fontsize=8)
-        auroc.set(xlabel="epoch", title="validation AUROC (dot: kept)", ylim=(-0.03, 1.03))
-        return svg(figure)
 
 
 class SlidePictures:
@@ -128,9 +77,7 @@ class SlidePictures:
 
     def groups(self, labels: np.ndarray) -> Image.Image:
         """Each group (labels (N,) int) in a colour, its number at its centre."""
-        bright = np.array([mpl.colors.to_rgb(colour) for colour in OKABE_ITO]) * 255
-        palette = np.concatenate([bright, bright * 0.5])
-        image = self.paint(palette[labels % len(palette)], np.full(len(labels), 0.6))
+        image = self.paint(GROUP_COLOURS[labels % len(GROUP_COLOURS)].astype(float), np.full(len(labels), 0.6))
         draw = ImageDraw.Draw(image)
         font = ImageFont.load_default(size=22)
         for label in np.unique(labels):

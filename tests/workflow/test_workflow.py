@@ -392,6 +392,22 @@ def test_report_setting(project: Path) -> None:
     assert plan(project) == {"report dataset=d"}
 
 
+def test_costs_in_the_report(project: Path) -> None:
+    edit(project, lambda c: c.update(report={"costs": "cost.csv"}))
+    run = snakemake(project, "-n")
+    assert run.returncode != 0
+    assert "report.costs: cost.csv does not exist" in run.stdout + run.stderr
+    costs = project / "cost.csv"
+    costs.write_text("model,label,N,parameters,flops,seconds,peak\nmean,Mean pooling,1000,1,1,0.1,1\n")
+    assert plan(project) == {"report dataset=d"}
+    run = snakemake(project, "--show-failed-logs")
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "on a slide of 1,000 patches" in (project / "results/d/report.html").read_text()
+    assert plan(project) == set()
+    costs.write_text(costs.read_text() + "gmmamba,GMMamba,1000,1,1,0.2,1\n")
+    assert plan(project) == {"report dataset=d"}
+
+
 def test_without_a_gpu_the_same_command_runs_and_says_so_once(project: Path) -> None:
     edit(project, lambda c: c.update(report={"title": "Another title"}))
     run = snakemake(project, "--resources", "gpu=1")
@@ -480,6 +496,8 @@ STAGES = {  # module -> what its change makes run
     "gmmamba/evaluation.py": EVALUATE,
     "gmmamba/comparison.py": {"compare dataset=d", "report dataset=d"},
     "gmmamba/report.py": {"report dataset=d"},
+    "gmmamba/charts.py": {"report dataset=d"},
+    "gmmamba/view/server.py": set(),
     "gmmamba/verify/gmmamba.py": set(),
 }
 

@@ -290,6 +290,11 @@ def report_encoder(dataset):
     return described | ({"imported": imported} if imported else {})
 
 
+def costs_version(wildcards):
+    costs = CONFIG.report["costs"]
+    return "" if costs is None else version(costs)
+
+
 def report_settings(wildcards):
     dataset = CONFIG.datasets[wildcards.dataset]
     return json.dumps(
@@ -300,6 +305,7 @@ def report_settings(wildcards):
             "seeds": dataset.seeds,
             "classes": dataset.classes,
             "encoder": report_encoder(dataset),
+            "sheets": {name: str(CONFIG.cohorts[name].sheet) for name in dataset.cohorts},
             "settings": CONFIG.report,
             "config": {
                 "tiling": {name: CONFIG.cohorts[name].tiling for name in dataset.cohorts if name in TILED},

@@ -12,6 +12,7 @@ rule report:
         ),
         table="results/{dataset}/table.csv",
         accounting="results/{dataset}/accounting.csv",
+        manifest="results/{dataset}/report.json",
     log:
         "results/{dataset}/logs/report.log",
     conda:
@@ -24,8 +25,9 @@ rule report:
         tables=table_options,
         groups=report_group_options,
         results=output_folder,
+        costs=costs_version,
         code=code_digest("gmmamba.report", files=(Path(workflow.basedir, "gmmamba/report.html.j2"),)),
     shell:
         "python -m gmmamba report --settings {params.settings:q} {params.tables} {params.groups}"
         " --splits {input.splits} --results {params.results} --output {output.report} --table {output.table}"
-        " --accounting {output.accounting} > {log} 2>&1"
+        " --accounting {output.accounting} --manifest {output.manifest} > {log} 2>&1"
