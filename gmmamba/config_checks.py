@@ -129,9 +129,6 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield f"experiments.{name}: this name is a folder of the pipeline's own, choose another"
         if name.endswith(tuple(f".{protocol}" for protocol in PROTOCOLS)):
             yield f"experiments.{name}: such names are those of the tables' experiments, choose another"
-    costs = settings["report"]["costs"]
-    if costs is not None and not Path(costs).is_file():
-        yield f"report.costs: {costs} does not exist (a path relative to the working directory)"
     for name, new in settings["predictions"].items():
         where = f"predictions.{name}"
         yield from unknown(f"{where}.dataset", new["dataset"], "datasets")
@@ -141,6 +138,9 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield f"{where}: experiment {new['experiment']} is not trained on dataset {new['dataset']}"
         if name in settings["cohorts"] or name in settings["datasets"]:
             yield f"{where}: a cohort or dataset has this name, and so the folder results/{name}: choose another"
+    costs = settings["report"]["costs"]
+    if costs is not None and not Path(costs).is_file():
+        yield f"report.costs: {costs} does not exist (a path relative to the working directory)"
     for name, named in settings["tables"]["datasets"].items():
         for dataset in named:
             yield from unknown(f"tables.datasets.{name}", dataset, "datasets")
