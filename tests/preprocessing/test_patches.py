@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -114,19 +114,26 @@ def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     decoded: list[tuple[int, int]] = []
     decode = jpeg_tiles.JpegTiles.decode
     monkeypatch.setattr(
-        jpeg_tiles.JpegTiles, "decode", lambda self, r, c, scale: decoded.append((r, c)) or decode(self, r, c, scale)
+        jpeg_tiles.JpegTiles, "decode", lambda self, r, c, *rest: decoded.append((r, c)) or decode(self, r, c, *rest)
     )
     rows = np.concatenate([batch.rows for batch in reader.batches(7, 3)])
     assert sorted(rows.tolist()) == list(range(len(coords)))
     assert len(decoded) == len(set(decoded)) == 16
     assert reader.regions is not None
-    assert not reader.regions._kept
+    assert not reader.regions.ready.any()
+    assert len(reader.regions.free) == reader.regions.room
 
 
 def test_tiles_that_differ_from_openslide_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = open_slide(write_aperio(tmp_path / "a.svs", blob(900, 700, 250)), "S1", "a")
     decode = jpeg_tiles.JpegTiles.decode
-    monkeypatch.setattr(jpeg_tiles.JpegTiles, "decode", lambda *args: decode(*args) ^ 1)
+
+    def decode_wrongly(*given: Any) -> np.ndarray:
+        pixels = decode(*given)
+        pixels ^= 1
+        return pixels
+
+    monkeypatch.setattr(jpeg_tiles.JpegTiles, "decode", decode_wrongly)
     reader = PatchReader(slide, np.array([[300, 300]]), 64, 0.5)
     assert reader.route == "openslide"
     assert "at (300, 300) they differ by up to 1 grey levels" in reader.warnings[0]
