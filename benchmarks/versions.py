@@ -1,0 +1,165 @@
+"""The same patches as another version of the code, and their cost: ``python -m benchmarks.versions``.
+
+A server in each of two checkouts tiles and encodes slide after slide, in turns, with random weights and one thread. The
+other version encodes its own tiling; this version its own, and that of the other, whose features must be the same to the
+noise of float16. Coordinates are compared with the settings given and with `--unfiltered` ones, for filters that only
+one of the versions has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import inspect
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SLIDE_ID = "S1"
+
+
+def serve(settings: dict[str, Any]) -> None:
+    """One line of JSON a request, {name, slide, mpp, folder, tiled, tiling}, and one as its answer: CPU seconds."""
+    import cv2
+    from preprocessing.encode import encode_slide
+    from preprocessing.encoders import EncoderSettings
+    from preprocessing.tile import Outputs, TilingSettings, tile_slide
+
+    cv2.setNumThreads(1)
+    known = inspect.signature(encode_slide).parameters
+    extra: dict[str, Any] = {}
+    if "reading" in known:
+        from preprocessing.patches import ReadingSettings
+
+        extra["reading"] = ReadingSettings()
+    encoder = EncoderSettings(name="bench", **settings)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        folder = Path(asked["folder"])
+        names = ["coords.npy", "record.json", "thumbnail.jpg", "mask.png"]
+        if "contours" in inspect.signature(Outputs).parameters:
+            names.append("contours.geojson")
+        tiled = Path(asked["tiled"] or folder)
+        outputs = Outputs(*(tiled / name for name in names))
+        slide, start = Path(asked["slide"]), time.process_time()
+        if asked["tiled"] is None:
+            tile_slide(slide, SLIDE_ID, "bench", TilingSettings(**asked["tiling"]), outputs, asked["mpp"])
+        at_tile = time.process_time()
+        if asked["encode"]:
+            given = {"path": slide, "coords_path": outputs.coords, "record_path": outputs.record}
+            encode_slide(**given, settings=encoder, output=folder / "store.zarr.zip", **extra)
+        print(json.dumps([at_tile - start, time.process_time() - at_tile]), flush=True)
+
+
+class Server:
+    """The code of a checkout."""
+
+    def __init__(self, checkout: Path, encoder: dict[str, Any]) -> None:
+        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(encoder)]
+        environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def __call__(
+        self, slide: Path, mpp: float | None, folder: Path, tiling: dict[str, Any], tiled: Path | None = None,
+        encode: bool = True,
+    ) -> tuple[float, float]:  # fmt: skip
+        """CPU seconds of tiling and of encoding."""
+        folder.mkdir(parents=True)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        asked = {
+            "slide": str(slide), "mpp": mpp, "folder": str(folder), "tiling": tiling,
+            "tiled": None if tiled is None else str(tiled), "encode": encode,
+        }  # fmt: skip
+        print(json.dumps(asked), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the server of {folder} ended at {slide}")
+        return tuple(json.loads(answer))  # type: ignore[return-value]
+
+
+def listed(sheet: Path) -> list[tuple[str, Path, float | None]]:
+    """slide_id, path, mpp of a slide sheet."""
+    with sheet.open(newline="") as file:
+        return [
+            (row["slide_id"], (sheet.parent / row["path"]).resolve(), float(row["mpp"]) if row.get("mpp") else None)
+            for row in csv.DictReader(file)
+        ]
+
+
+def compare(sheet: Path, other: Server, this: Server, tiling: dict[str, Any], unfiltered: dict[str, Any]) -> list[str]:
+    """A row of the table: of all slides of one sheet."""
+    from slidestore import open_store
+
+    same = same_unfiltered = patches = 0
+    difference = largest = 0.0
+    cost: dict[str, float] = defaultdict(float)
+    slides = listed(sheet)
+    for _, path, mpp in slides:
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = {name: Path(scratch) / name for name in ("other", "this", "unfiltered", "again")}
+            for name, seconds in zip(("tile", "encode"), other(path, mpp, folders["other"], tiling), strict=True):
+                cost[f"other {name}"] += seconds
+            cost["this encode"] += this(path, mpp, folders["again"], tiling, folders["other"])[1]
+            cost["this tile"] += this(path, mpp, folders["this"], tiling, encode=False)[0]
+            this(path, mpp, folders["unfiltered"], tiling | unfiltered, encode=False)
+            coords = {n: np.load(folders[n] / "coords.npy") for n in ("other", "this", "unfiltered")}
+            same += np.array_equal(coords["this"], coords["other"])
+            same_unfiltered += np.array_equal(coords["unfiltered"], coords["other"])
+            features = [_features(open_store, folders[n] / "store.zarr.zip") for n in ("other", "again")]
+            patches += len(features[0])
+            if len(features[0]) != len(features[1]):
+                difference = float("inf")
+            elif len(features[0]):
+                apart = np.abs(features[0] - features[1]).max()
+                difference, largest = max(difference, float(apart)), max(largest, float(np.abs(features[0]).max()))
+        print(path.name, coords["other"].shape[0], coords["this"].shape[0], f"{difference:.2g}", flush=True)
+    ratio = [f"{cost[f'other {n}'] / cost[f'this {n}']:.1f}" for n in ("tile", "encode")]
+    counted = [str(len(slides)), str(patches), str(same), str(same_unfiltered)]
+    return [sheet.stem, *counted, f"{difference:.1g}", f"{largest:.2g}", *ratio]
+
+
+def _features(open_store: Any, path: Path) -> np.ndarray:
+    return np.asarray(open_store(path).features[:], np.float32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.versions", description=__doc__.split("\n")[0])
+    parser.add_argument("--serve", type=json.loads, help=argparse.SUPPRESS)
+    parser.add_argument("--other", type=Path, help="checkout of the other version")
+    parser.add_argument("--sheets", type=Path, nargs="+", help="slide sheets; a row of the table each")
+    parser.add_argument("--tiling", type=json.loads, default={}, help="tiling settings as JSON, for both")
+    parser.add_argument("--unfiltered", type=json.loads, default={}, help="more of them, for this version's second try")
+    parser.add_argument("--model", default="test_resnet", help="timm's name; small, so that reading shows")
+    parser.add_argument("--write", type=Path, help="the Markdown page to put the table into")
+    options = parser.parse_args()
+    if options.serve is not None:
+        serve(options.serve)
+        return
+    from benchmarks.measure import markdown_table, write_section
+
+    encoder = {"model": options.model, "weights": "random"}
+    servers = [Server(p.resolve(), encoder) for p in (options.other, Path(__file__).parents[1])]
+    rows = [compare(sheet, *servers, options.tiling, options.unfiltered) for sheet in options.sheets]
+    head = ["sheet", "slides", "patches", "same coordinates", "same, filters off", "features differ by", "of at most"]
+    text = f"""{time.strftime("%Y-%m-%d")}; CPU seconds of the other version ÷ this one's, one thread. \
+`python -m benchmarks.versions {" ".join(sys.argv[1:])}`
+
+{markdown_table([*head, "tile ÷", "encode ÷"], rows)}"""
+    print(text)
+    if options.write:
+        write_section(options.write, "versions", text)
+
+
+if __name__ == "__main__":
+    main()
