@@ -218,11 +218,12 @@ def main() -> None:
             for threads in options.threads
             for row in measure(path, mpp, threads, options.repeats, clock)
         ]
+    unit = "patches/CPU s" if options.cpu else "patches/s"
     text = f"""**{cpu_name()}**, OpenSlide {openslide.__library_version__}, {time.strftime("%Y-%m-%d")}; a 40x \
 slide of {options.size} x {options.size} px, patches of {PATCH_PX} px; medians of {options.repeats} interleaved passes \
 after one to warm up. `python -m benchmarks.reading {" ".join(sys.argv[1:])}`
 
-{markdown_table(["to", "threads", "read by", "patches/CPU s" if options.cpu else "patches/s", "÷ OpenSlide + PIL"], rows)}"""
+{markdown_table(["to", "threads", "read by", unit, "÷ OpenSlide + PIL"], rows)}"""
     print(text)
     if options.write:
         write_section(options.write, "reading", text)

@@ -1,9 +1,8 @@
 """The same patches as another version of the code, and their cost: ``python -m benchmarks.versions``.
 
-A server in each of two checkouts tiles and encodes slide after slide, in turns, with random weights and one thread. The
-other version encodes its own tiling; this version its own, and that of the other, whose features must be the same to the
-noise of float16. Coordinates are compared with the settings given and with `--unfiltered` ones, for filters that only
-one of the versions has.
+A server in each of two checkouts tiles and encodes slide after slide, in turns, with random weights and one thread.
+Both encode the other version's tiling: features must be the same to the noise of float16. Coordinates are compared with
+the settings given and, where they differ, with `--unfiltered` ones, for filters that only one of the versions has.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ SLIDE_ID = "S1"
 def serve(settings: dict[str, Any]) -> None:
     """One line of JSON a request, {name, slide, mpp, folder, tiled, tiling}, and one as its answer: CPU seconds."""
     import cv2
+
     from preprocessing.encode import encode_slide
     from preprocessing.encoders import EncoderSettings
     from preprocessing.tile import Outputs, TilingSettings, tile_slide
@@ -97,40 +97,44 @@ def listed(sheet: Path) -> list[tuple[str, Path, float | None]]:
         ]
 
 
-def compare(sheet: Path, other: Server, this: Server, tiling: dict[str, Any], unfiltered: dict[str, Any]) -> list[str]:
-    """A row of the table: of all slides of one sheet."""
+def compare(
+    sheet: Path, other: Server, this: Server, tiling: dict[str, Any], unfiltered: dict[str, Any], encoded: int | None
+) -> list[str]:
+    """A row of the table: of all slides of one sheet, of which so many are encoded."""
     from slidestore import open_store
 
     same = same_unfiltered = patches = 0
-    difference = largest = 0.0
+    apart = largest = 0.0
     cost: dict[str, float] = defaultdict(float)
     slides = listed(sheet)
-    for _, path, mpp in slides:
+    for i, (_, path, mpp) in enumerate(slides):
+        encode = encoded is None or i < encoded
         with tempfile.TemporaryDirectory() as scratch:
-            folders = {name: Path(scratch) / name for name in ("other", "this", "unfiltered", "again")}
-            for name, seconds in zip(("tile", "encode"), other(path, mpp, folders["other"], tiling), strict=True):
+            theirs, ours, again = (Path(scratch) / name for name in ("theirs", "ours", "again"))
+            for name, seconds in zip(("tile", "encode"), other(path, mpp, theirs, tiling, encode=encode), strict=True):
                 cost[f"other {name}"] += seconds
-            cost["this encode"] += this(path, mpp, folders["again"], tiling, folders["other"])[1]
-            cost["this tile"] += this(path, mpp, folders["this"], tiling, encode=False)[0]
-            this(path, mpp, folders["unfiltered"], tiling | unfiltered, encode=False)
-            coords = {n: np.load(folders[n] / "coords.npy") for n in ("other", "this", "unfiltered")}
-            same += np.array_equal(coords["this"], coords["other"])
-            same_unfiltered += np.array_equal(coords["unfiltered"], coords["other"])
-            features = [_features(open_store, folders[n] / "store.zarr.zip") for n in ("other", "again")]
-            patches += len(features[0])
-            if len(features[0]) != len(features[1]):
-                difference = float("inf")
-            elif len(features[0]):
-                apart = np.abs(features[0] - features[1]).max()
-                difference, largest = max(difference, float(apart)), max(largest, float(np.abs(features[0]).max()))
-        print(path.name, coords["other"].shape[0], coords["this"].shape[0], f"{difference:.2g}", flush=True)
+            cost["this tile"] += this(path, mpp, ours, tiling, encode=False)[0]
+            found, expected = (np.load(folder / "coords.npy") for folder in (ours, theirs))
+            is_same = is_same_unfiltered = np.array_equal(found, expected)
+            if not is_same:
+                this(path, mpp, again, tiling | unfiltered, encode=False)
+                is_same_unfiltered = np.array_equal(np.load(again / "coords.npy"), expected)
+            same, same_unfiltered = same + is_same, same_unfiltered + is_same_unfiltered
+            if encode:
+                cost["this encode"] += this(path, mpp, Path(scratch) / "store", tiling, tiled=theirs)[1]
+                stores = [open_store(folder / "store.zarr.zip") for folder in (theirs, Path(scratch) / "store")]
+                before, now = (np.asarray(store.features[:], np.float32) for store in stores)
+                if before.shape != now.shape:
+                    raise RuntimeError(f"{path}: features {before.shape} and {now.shape}")
+                apart, largest = max(apart, np.abs(before - now).max()), max(largest, np.abs(before).max())
+                patches += len(before)
+        print(
+            path.name, len(expected), len(found), is_same, is_same_unfiltered, f"{apart:.2g} of {largest:.3g}",
+            *(f"{name} {seconds:.2f}" for name, seconds in cost.items()), flush=True,
+        )  # fmt: skip
     ratio = [f"{cost[f'other {n}'] / cost[f'this {n}']:.1f}" for n in ("tile", "encode")]
-    counted = [str(len(slides)), str(patches), str(same), str(same_unfiltered)]
-    return [sheet.stem, *counted, f"{difference:.1g}", f"{largest:.2g}", *ratio]
-
-
-def _features(open_store: Any, path: Path) -> np.ndarray:
-    return np.asarray(open_store(path).features[:], np.float32)
+    counted = [str(len(slides)), str(same), str(same_unfiltered), str(patches)]
+    return [sheet.stem, *counted, f"{apart:.2g}", f"{largest:.3g}", *ratio]
 
 
 def main() -> None:
@@ -140,6 +144,7 @@ def main() -> None:
     parser.add_argument("--sheets", type=Path, nargs="+", help="slide sheets; a row of the table each")
     parser.add_argument("--tiling", type=json.loads, default={}, help="tiling settings as JSON, for both")
     parser.add_argument("--unfiltered", type=json.loads, default={}, help="more of them, for this version's second try")
+    parser.add_argument("--encode", type=int, help="of each sheet only so many slides; default: all")
     parser.add_argument("--model", default="test_resnet", help="timm's name; small, so that reading shows")
     parser.add_argument("--write", type=Path, help="the Markdown page to put the table into")
     options = parser.parse_args()
@@ -150,8 +155,8 @@ def main() -> None:
 
     encoder = {"model": options.model, "weights": "random"}
     servers = [Server(p.resolve(), encoder) for p in (options.other, Path(__file__).parents[1])]
-    rows = [compare(sheet, *servers, options.tiling, options.unfiltered) for sheet in options.sheets]
-    head = ["sheet", "slides", "patches", "same coordinates", "same, filters off", "features differ by", "of at most"]
+    rows = [compare(sheet, *servers, options.tiling, options.unfiltered, options.encode) for sheet in options.sheets]
+    head = ["sheet", "slides", "same coordinates", "same, filters off", "patches", "features differ by", "of at most"]
     text = f"""{time.strftime("%Y-%m-%d")}; CPU seconds of the other version ÷ this one's, one thread. \
 `python -m benchmarks.versions {" ".join(sys.argv[1:])}`
 

@@ -20,14 +20,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from preprocessing.errors import SlideError
 from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError, jpeg_tiles
-from preprocessing.regions import PlannedRegions
 from preprocessing.slide import LEVEL_TOLERANCE, Slide, resize
+
+if TYPE_CHECKING:
+    from preprocessing.regions import PlannedRegions
 
 Reader = Literal["exact", "scaled", "nvjpeg", "openslide"]
 Result = TypeVar("Result")
@@ -178,8 +180,10 @@ class PatchReader:
                 self.slide.reopen()
                 return self.slide.read_region(x, y, self.level, self.side, self.side)
 
-    def _plan(self, mpp: float) -> PlannedRegions | None:
+    def _plan(self, mpp: float) -> "PlannedRegions | None":
         """The slide's own tiles if they are wanted, there, and right."""
+        from preprocessing.regions import PlannedRegions  # numba, which tiling by the defaults does without
+
         if self.settings.reader == "openslide" or not len(self.coords):
             return None
         tiles = jpeg_tiles(self.slide, self.level)
@@ -202,6 +206,8 @@ class PatchReader:
         a kind that OpenSlide knows better.
         """
         sample = np.random.default_rng(0).permutation(len(corners))[:SAMPLE]
+        from preprocessing.regions import PlannedRegions
+
         found, faulty = np.empty((1, self.side, self.side, 3), np.uint8), []
         regions = PlannedRegions(tiles, corners[sample], self.side)
         for i, row in enumerate(sample.tolist()):
