@@ -66,6 +66,7 @@ def make_slide(path: Path, size: int, quality: int = 80, levels: tuple[int, ...]
             )  # fmt: skip
     with tifffile.TiffFile(path, mode="r+") as tif:
         for page, downsample in zip(tif.pages, levels, strict=True):
+            assert isinstance(page, tifffile.TiffPage)
             grid, period = size // downsample // TILE, max(1, PERIOD // downsample // TILE)
             same = [y % period * grid + x % period for y in range(grid) for x in range(grid)]
             for tag in (page.tags["TileOffsets"], page.tags["TileByteCounts"]):

@@ -64,7 +64,7 @@ def serve(settings: dict[str, Any]) -> None:
             tile_slide(slide, SLIDE_ID, "bench", TilingSettings(**asked["tiling"]), outputs, asked["mpp"])
         at_tile, in_network[0] = time.process_time(), 0.0
         if asked["encode"]:
-            given = {"path": slide, "coords_path": outputs.coords, "record_path": outputs.record}
+            given: dict[str, Any] = {"path": slide, "coords_path": outputs.coords, "record_path": outputs.record}
             encode_slide(**given, settings=encoder, output=folder / "store.zarr.zip", **extra)
         rest = time.process_time() - at_tile - in_network[0]
         print(json.dumps([at_tile - start, in_network[0], rest]), flush=True)
@@ -96,7 +96,8 @@ class Server:
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the server of {folder} ended at {slide}")
-        return tuple(json.loads(answer))  # type: ignore[return-value]
+        tiling, network, rest = json.loads(answer)
+        return tiling, network, rest
 
 
 def listed(sheet: Path) -> list[tuple[str, Path, float | None]]:
@@ -168,8 +169,8 @@ def main() -> None:
     from benchmarks.measure import markdown_table, write_section
 
     encoder = {"model": options.model, "weights": "random"}
-    servers = [Server(p.resolve(), encoder) for p in (options.other, Path(__file__).parents[1])]
-    rows = [compare(sheet, *servers, options.tiling, options.unfiltered, options.encode) for sheet in options.sheets]
+    other, this = (Server(p.resolve(), encoder) for p in (options.other, Path(__file__).parents[1]))
+    rows = [compare(sheet, other, this, options.tiling, options.unfiltered, options.encode) for sheet in options.sheets]
     head = ["sheet", "slides", "same coordinates", "same, filters off", "patches", "features differ by", "of at most"]
     text = f"""{time.strftime("%Y-%m-%d")}; CPU seconds of the other version ÷ this one's, one thread; reading is \
 encoding without the network. `python -m benchmarks.versions {" ".join(sys.argv[1:])}`
