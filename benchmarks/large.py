@@ -74,8 +74,8 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(Path(folder) / f"{size}.svs", size, options.mpp, options.threads) for size in options.sizes]
-    text = f"""**{cpu_name()}**, {time.strftime("%Y-%m-%d")}; patches at {options.mpp:g} µm/px, {options.threads} readers. \
-`python -m benchmarks.large {" ".join(sys.argv[1:])}`
+    text = f"""**{cpu_name()}**, {time.strftime("%Y-%m-%d")}; patches at {options.mpp:g} µm/px, \
+{options.threads} readers. `python -m benchmarks.large {" ".join(sys.argv[1:])}`
 
 {markdown_table(["side px", "patches", "tiling, CPU s", "peak MB, tile + encode"], rows)}"""
     print(text)

@@ -67,8 +67,8 @@ def make_slide(path: Path, size: int, quality: int = 80, levels: tuple[int, ...]
     with tifffile.TiffFile(path, mode="r+") as tif:
         for page, downsample in zip(tif.pages, levels, strict=True):
             assert isinstance(page, tifffile.TiffPage)
-            grid, period = size // downsample // TILE, max(1, PERIOD // downsample // TILE)
-            same = [y % period * grid + x % period for y in range(grid) for x in range(grid)]
+            grid, across = size // downsample // TILE, max(1, PERIOD // downsample // TILE)
+            same = [y % across * grid + x % across for y in range(grid) for x in range(grid)]
             for tag in (page.tags["TileOffsets"], page.tags["TileByteCounts"]):
                 values = tag.value if isinstance(tag.value, tuple) else (tag.value,)
                 tag.overwrite([values[i] for i in same])

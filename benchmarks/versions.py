@@ -96,8 +96,8 @@ class Server:
         answer = self.process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the server of {folder} ended at {slide}")
-        tiling, network, rest = json.loads(answer)
-        return tiling, network, rest
+        seconds: list[float] = json.loads(answer)
+        return seconds[0], seconds[1], seconds[2]
 
 
 def listed(sheet: Path) -> list[tuple[str, Path, float | None]]:
