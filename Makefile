@@ -40,6 +40,7 @@ bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.coverage --write docs/statistics.md
 	$(BIN)/python -m benchmarks.reading --write docs/performance.md
 	$(BIN)/python -m benchmarks.encoding --write docs/performance.md
+	$(BIN)/python -m benchmarks.large --write docs/performance.md
 	$(BIN)/python -m benchmarks.cost measure --csv docs/cost.csv --write docs/performance.md
 
 # The embedded cohort is drawn by the project; its sheet is written last.

@@ -19,28 +19,33 @@ from typing import TypeVar
 from slidestore.atomic import replace_when_whole
 
 Step = Callable[[], object]
+Clock = Callable[[], float]
 Name = TypeVar("Name")
 
 
-def interleaved_medians(steps: Mapping[Name, Step], repeats: int, budget: float) -> dict[Name, float]:
+def interleaved_medians(
+    steps: Mapping[Name, Step], repeats: int, budget: float, clock: Clock = time.perf_counter
+) -> dict[Name, float]:
     """Median seconds of each step, run in turns A B A B … after one warm-up each.
+
+    clock: time.process_time counts the CPU seconds of all threads, for a machine that others use too.
 
     Where a warm-up alone took more than its share of `budget` (seconds, for the repeats of one step), it stands for
     the step: what runs for minutes needs no warm-up.
     """
-    warm = {name: seconds(step) for name, step in steps.items()}
+    warm = {name: seconds(step, clock) for name, step in steps.items()}
     times: dict[Name, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
             if warm[name] * repeats < budget:
-                times[name].append(seconds(step))
+                times[name].append(seconds(step, clock))
     return {name: statistics.median(times[name] or [warm[name]]) for name in steps}
 
 
-def seconds(step: Step) -> float:
-    start = time.perf_counter()
+def seconds(step: Step, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     step()
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def peak_rss(prepare: Callable[..., Step], *arguments: object) -> float:

@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--contours", type=Path, required=True, help="to write, .geojson")
 
     command = commands.add_parser("encode", help="turn the patches of a tiled slide into features")
-    command.set_defaults(run=encode, preload=["preprocessing.encode", "zarr"])
+    command.set_defaults(run=encode, preload=["preprocessing.encode", "preprocessing.regions", "zarr"])
     command.add_argument("--slide", type=Path, help="file, or folder of a DICOM slide")
     command.add_argument("--coords", type=Path, help="from tile")
     command.add_argument("--record", type=Path, help="from tile")

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 import torch
-from torchvision.io import ImageReadMode, decode_jpeg
 
 from preprocessing.errors import SlideError
 from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError
@@ -32,13 +31,15 @@ def check_nvjpeg(device: torch.device) -> None:
     _, stream = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))
     try:
         decode([stream.tobytes()], device)
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(f"reading.reader is nvjpeg, which this torchvision has not ({reason}): {remedy}") from error
 
 
 def decode(streams: list[bytes], device: torch.device) -> list[torch.Tensor]:
     """(3, H, W) uint8 RGB on `device` of each JPEG stream; RuntimeError where one cannot be decoded."""
+    from torchvision.io import ImageReadMode, decode_jpeg  # deprecated: without it only this reader is lost
+
     inputs = [torch.frombuffer(bytearray(stream), dtype=torch.uint8) for stream in streams]
     decoded: list[torch.Tensor] = decode_jpeg(inputs, mode=ImageReadMode.RGB, device=device)
     return decoded

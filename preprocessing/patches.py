@@ -20,19 +20,22 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 
 from preprocessing.errors import SlideError
-from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError, PlannedRegions, jpeg_tiles
+from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError, jpeg_tiles
 from preprocessing.slide import LEVEL_TOLERANCE, Slide, resize
+
+if TYPE_CHECKING:
+    from preprocessing.regions import PlannedRegions
 
 Reader = Literal["exact", "scaled", "nvjpeg", "openslide"]
 Result = TypeVar("Result")
 SAMPLE = 8  # patches of a slide that are read both ways
 OPENED_AHEAD = 2  # slides
-STRIP_PX = 16_384  # of the level: patches are read strip by strip, so that the tiles of a row of patches stay in memory
+STRIP_PX = 8192  # of the level: patches are read strip by strip, so that the tiles of a row of patches stay in memory
 
 log = logging.getLogger(__name__)
 
@@ -103,17 +106,10 @@ class PatchReader:
 
     def read(self, row: int) -> np.ndarray:
         """(P, P, 3) uint8 RGB. Raises SlideError where the patch cannot be decoded."""
-        region = None
-        if self.regions is not None:
-            try:
-                region = self.regions.read(row)
-            except MissingTileError:
-                pass  # OpenSlide fills it from other levels
-            except DamagedTileError as error:
-                raise self.slide.damaged(error) from error
-        if region is None:
-            region = self._read_by_openslide(row)
-        return resize(region, (self.patch_px, self.patch_px))
+        pixels = np.empty((1, self.patch_px, self.patch_px, 3), np.uint8)
+        for error in self._read(np.array([row]), pixels).values():
+            raise error
+        return np.asarray(pixels[0])
 
     def batches(self, batch_size: int, threads: int) -> Iterator[Batch]:
         """All patches, in the order in which they are read; `threads` work ahead, one batch each.
@@ -138,16 +134,30 @@ class PatchReader:
     def read_batch(self, rows: np.ndarray, empty: Callable[..., np.ndarray] = np.empty) -> Batch:
         """The patches of these rows; `empty(shape, dtype)` gives the memory for their pixels."""
         pixels = empty((len(rows), self.patch_px, self.patch_px, 3), np.uint8)
-        readable = np.ones(len(rows), bool)
-        for i, row in enumerate(rows.tolist()):
-            try:
-                pixels[i] = self.read(row)
-            except SlideError as error:
-                readable[i] = False
-                log.warning("patch at (%d, %d): %s", *self.coords[row], error)
-        if readable.all():
+        errors = self._read(rows, pixels)
+        if not errors:
             return Batch(rows, pixels, rows[:0])
+        readable = np.ones(len(rows), bool)
+        for i, error in errors.items():
+            readable[i] = False
+            log.warning("patch at (%d, %d): %s", *self.coords[rows[i]], error)
         return Batch(rows[readable], pixels[readable], rows[~readable])
+
+    def _read(self, rows: np.ndarray, pixels: np.ndarray) -> dict[int, SlideError]:
+        """The patches of these rows into pixels (B, P, P, 3); what is wrong with some, by their place in `rows`."""
+        errors: dict[int, SlideError] = {}
+        by_openslide = range(len(rows)) if self.regions is None else []
+        for i, error in (self.regions.read(rows, pixels) if self.regions is not None else {}).items():
+            if isinstance(error, MissingTileError):
+                by_openslide = [*by_openslide, i]  # which fills it from other levels
+            else:
+                errors[i] = self.slide.damaged(error)
+        for i in by_openslide:
+            try:
+                pixels[i] = resize(self._read_by_openslide(int(rows[i])), (self.patch_px, self.patch_px))
+            except SlideError as error:
+                errors[i] = error
+        return errors
 
     def check_share(self, damaged: int) -> None:
         """SlideError where so many damaged patches are more than max_damaged_share of all."""
@@ -170,8 +180,10 @@ class PatchReader:
                 self.slide.reopen()
                 return self.slide.read_region(x, y, self.level, self.side, self.side)
 
-    def _plan(self, mpp: float) -> PlannedRegions | None:
+    def _plan(self, mpp: float) -> "PlannedRegions | None":
         """The slide's own tiles if they are wanted, there, and right."""
+        from preprocessing.regions import PlannedRegions  # numba, which tiling by the defaults does without
+
         if self.settings.reader == "openslide" or not len(self.coords):
             return None
         tiles = jpeg_tiles(self.slide, self.level)
@@ -185,7 +197,7 @@ class PatchReader:
         if self.settings.reader == "scaled":
             finest = mpp * LEVEL_TOLERANCE / (self.slide.level0_mpp * self.downsample)
             scale = max(k for k in tiles.scales if k <= max(1, finest))
-        return PlannedRegions(tiles, corners, self.side, scale)
+        return PlannedRegions(tiles, corners, self.side, scale, self.patch_px)
 
     def _compare(self, tiles: JpegTiles, corners: np.ndarray) -> str | None:
         """What speaks against the tiles, where a sample of patches is read both ways; None where nothing does.
@@ -194,18 +206,20 @@ class PatchReader:
         a kind that OpenSlide knows better.
         """
         sample = np.random.default_rng(0).permutation(len(corners))[:SAMPLE]
-        regions, faulty = PlannedRegions(tiles, corners[sample], self.side), []
+        from preprocessing.regions import PlannedRegions
+
+        found, faulty = np.empty((1, self.side, self.side, 3), np.uint8), []
+        regions = PlannedRegions(tiles, corners[sample], self.side)
         for i, row in enumerate(sample.tolist()):
             try:
                 expected = self._read_by_openslide(row)
-                found = regions.read(i)
-            except (SlideError, MissingTileError):
+            except SlideError:
                 continue
-            except DamagedTileError as error:
-                faulty.append(str(error))
-                continue
-            if not np.array_equal(found, expected):
-                largest = np.abs(found.astype(int) - expected).max()
+            if (error := regions.read(np.array([i]), found).get(0)) is not None:
+                if isinstance(error, DamagedTileError):
+                    faulty.append(str(error))
+            elif not np.array_equal(found[0], expected):
+                largest = np.abs(found[0].astype(int) - expected).max()
                 return f"at {tuple(self.coords[row].tolist())} they differ by up to {largest} grey levels"
         return faulty[0] if len(faulty) > len(sample) / 2 else None
 

@@ -67,10 +67,9 @@ class Slide:
             rgba = np.asarray(self.handle.read_region((int(x), int(y)), level, (width, height)))
         except openslide.OpenSlideError as error:
             raise self.damaged(error) from error
-        alpha = rgba[..., 3:]
-        if alpha.min() == 255:
-            return np.ascontiguousarray(rgba[..., :3])
-        share = alpha.astype(np.float32) / 255
+        if cv2.extractChannel(rgba, 3).min() == 255:
+            return np.asarray(cv2.cvtColor(rgba, cv2.COLOR_RGBA2RGB), np.uint8)  # several times as fast as slices
+        share = rgba[..., 3:].astype(np.float32) / 255
         return np.rint(rgba[..., :3] * share + 255 * (1 - share)).astype(np.uint8)
 
     def reopen(self) -> None:

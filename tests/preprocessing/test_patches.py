@@ -2,16 +2,17 @@
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preprocessing import jpeg_tiles
+from preprocessing import jpeg_tiles, regions
 from preprocessing.errors import SlideError
 from preprocessing.grid import whole_grid
 from preprocessing.patches import Batch, Opened, PatchReader, Reader, ReadingSettings, read_ahead
@@ -114,19 +115,61 @@ def test_each_tile_is_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     decoded: list[tuple[int, int]] = []
     decode = jpeg_tiles.JpegTiles.decode
     monkeypatch.setattr(
-        jpeg_tiles.JpegTiles, "decode", lambda self, r, c, scale: decoded.append((r, c)) or decode(self, r, c, scale)
+        jpeg_tiles.JpegTiles, "decode", lambda self, r, c, *rest: decoded.append((r, c)) or decode(self, r, c, *rest)
     )
     rows = np.concatenate([batch.rows for batch in reader.batches(7, 3)])
     assert sorted(rows.tolist()) == list(range(len(coords)))
     assert len(decoded) == len(set(decoded)) == 16
     assert reader.regions is not None
-    assert not reader.regions._kept
+    assert not reader.regions.ready.any()
+    assert len(reader.regions.free) == reader.regions.room
+
+
+@pytest.mark.parametrize("mpp", [0.25, 0.5, 0.31])
+def test_a_small_cache_and_many_readers_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mpp: float
+) -> None:
+    monkeypatch.setattr(regions, "CACHE_BYTES", 6 * 64 * 64 * 3)  # a few tiles: batches wait for room and are halved
+    path = write_tiled(tmp_path / "a.tif", tissue(700, 600, dark=True), tile=(64, 64))
+    slide = open_slide(path, "S1", "a", mpp=0.25)
+    coords = whole_grid((700, 600), 40 * mpp / 0.25)
+    own, openslide = (PatchReader(slide, coords, 40, mpp, ReadingSettings(r)) for r in ("exact", "openslide"))
+    assert own.regions is not None
+    assert own.regions.room < 30 < len(own.regions.uses)
+    rows = []
+    for batch in own.batches(16, 4):
+        rows += batch.rows.tolist()
+        for row, pixels in zip(batch.rows.tolist(), batch.pixels, strict=True):
+            np.testing.assert_array_equal(pixels, openslide.read(row))
+    assert sorted(rows) == list(range(len(coords)))
+
+
+def test_an_error_of_the_file_system_reaches_every_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for a tile that will not come."""
+    slide = open_slide(write_tiled(tmp_path / "a.tif", tissue(700, 600)), "S1", "a", mpp=0.25)
+    reader = PatchReader(slide, whole_grid((700, 600), 50), 50, 0.25)
+
+    def fetch(*_: object) -> bytes:
+        raise OSError("the server is gone")
+
+    monkeypatch.setattr(jpeg_tiles.JpegTiles, "_fetch", fetch)
+    with ThreadPoolExecutor(3) as pool:
+        readings = [pool.submit(reader.read_batch, rows) for rows in reader.chunks(20)]
+        for reading in readings:
+            with pytest.raises(OSError, match="the server is gone"):
+                reading.result(timeout=60)
 
 
 def test_tiles_that_differ_from_openslide_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slide = open_slide(write_aperio(tmp_path / "a.svs", blob(900, 700, 250)), "S1", "a")
     decode = jpeg_tiles.JpegTiles.decode
-    monkeypatch.setattr(jpeg_tiles.JpegTiles, "decode", lambda *args: decode(*args) ^ 1)
+
+    def decode_wrongly(*given: Any) -> np.ndarray:
+        pixels = decode(*given)
+        pixels ^= 1
+        return pixels
+
+    monkeypatch.setattr(jpeg_tiles.JpegTiles, "decode", decode_wrongly)
     reader = PatchReader(slide, np.array([[300, 300]]), 64, 0.5)
     assert reader.route == "openslide"
     assert "at (300, 300) they differ by up to 1 grey levels" in reader.warnings[0]
