@@ -3,10 +3,12 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import openslide
@@ -173,12 +175,37 @@ def test_nothing_but_what_is_listed_is_served(address: tuple[str, int], path: st
 
 
 def test_a_web_site_that_points_here_reads_nothing(address: tuple[str, int]) -> None:
-    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+    for host in (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "",
+        "[::2]:1",
+        "10.0.0.1",
+        "localhost:80:80",
+    ):
         status, content = get(address, "/dataset.json", host or " ")
         assert status == 403, host
         assert b"slides" not in content
-    for host in ("localhost:8765", "127.0.0.1", "[::1]:1"):
+    for host in ("localhost:8765", "LOCALHOST:8765", "127.0.0.1", "127.0.0.2:80", "[::1]:1", "[::1]"):
         assert get(address, "/dataset.json", host)[0] == 200
+
+
+def test_every_address_of_this_machine_serves(results: Path) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:  # containers often have no IPv6
+            hosts = ["127.0.0.2"]
+        else:
+            hosts = ["127.0.0.2", "::1"]
+    viewer = Viewer(read_dataset(results))
+    for host in hosts:
+        with make_server(viewer, host) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            port = server.server_address[1]
+            assert get((host, port), "/dataset.json", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")[0] == 200
+            server.shutdown()
 
 
 def test_slides_that_cannot_be_shown_say_why(address: tuple[str, int], results: Path) -> None:
@@ -210,6 +237,32 @@ def test_flat_pictures_and_dicom_folders_are_opened(tmp_path: Path, shared: Path
     for name, why in (("empty", "without .dcm files"), ("notes.txt", "cannot be opened")):
         with pytest.raises(UnreadableSlideError, match=why):
             open_pixels(tmp_path / name)
+
+
+def test_tiles_of_a_flat_picture_are_right_whoever_asks_at_once(tmp_path: Path) -> None:
+    path, rng = tmp_path / "flat.png", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (2000, 2000, 3), dtype=np.uint8)).save(path)
+    level = open_pixels(path).level_count - 1
+    wanted = [(column, row) for column in range(4) for row in range(2)]
+    alone = OpenSlides()
+    expected = [alone.tile(path, level, *tile) for tile in wanted]
+    for _ in range(3):
+        together = OpenSlides()
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            found = [pool.submit(together.tile, path, level, *tile) for tile in wanted]
+        assert [tile.result() for tile in found] == expected
+    path.write_bytes(path.read_bytes()[:-50_000])
+    with pytest.raises(UnreadableSlideError, match="cannot be opened"):
+        OpenSlides().tile(path, level, 0, 0)
+
+
+def test_a_tile_that_the_disk_does_not_give_is_crossed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(plain(700, 300)).save(tmp_path / "flat.png")
+    slides = OpenSlides()
+    monkeypatch.setattr(slides.get(tmp_path / "flat.png"), "get_tile", Mock(side_effect=OSError("stale file handle")))
+    for expected in (0xDD, 200):  # at the next request the file is opened anew
+        tile = np.asarray(Image.open(io.BytesIO(slides.tile(tmp_path / "flat.png", 10, 0, 0))))
+        assert np.abs(np.median(tile[..., 0]) - expected) < 4
 
 
 def test_a_damaged_tile_is_crossed_out_and_the_others_are_shown(tmp_path: Path) -> None:
