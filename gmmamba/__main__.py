@@ -197,6 +197,8 @@ def check_config(options: argparse.Namespace) -> None:
     from gmmamba.config import load_config
 
     config = load_config(yaml.safe_load(options.config.read_text()))
+    for warning in config.warning_lines():
+        print(f"Warning: {warning}", file=sys.stderr)
     for cohort in config.cohorts.values():
         print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
     for (dataset, name), experiment in config.experiments.items():

@@ -15,7 +15,7 @@ report.json     which files the report was made of: what `view` shows
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from gmmamba import __version__, charts, figures
-from gmmamba.evaluation import probabilities_of
+from gmmamba.evaluation import Evaluation, probabilities_of
 from gmmamba.report_runs import Run, check_complete, of_runs, pooled_predictions, read_metrics, read_runs
 from gmmamba.report_slides import Drawer, attentive, choose_errors, choose_examples
 from gmmamba.report_tables import (
@@ -89,13 +89,16 @@ def report(
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
     outputs: Outputs,
+    evaluation: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the four outputs; see the module.
 
     experiments: as training was given them, in the order of the table's rows. encoder: name, model, weights, ...
     sheets, slide_tables: cohort -> CSV. groups: (cohort, grouping) -> npz. results: the dataset's folder, which holds
     comparisons.csv and {experiment}/fold{fold}_seed{seed}/. config: what else the page shows as the resolved
-    configuration, besides encoder and experiments; all of it JSON values.
+    configuration, besides encoder and experiments; all of it JSON values. evaluation: the configuration's, by which
+    metrics.csv was made (None: the defaults). notes: what was said of the sheets when the configuration was checked.
 
     Raises ValueError where predictions are missing for a slide of a test part.
     """
@@ -128,6 +131,7 @@ def report(
         total={name: int(counts[name].sum()) for name in COUNTS},
         lost=slides[slides["status"] != "ready"].to_dict("records"),
         tested_again=int((times_tested > 1).sum()),
+        notes=notes,
         split_rows=describe_splits(parts, folds, classes),
         metrics=shown,
         scores=format_scores(scores),
@@ -168,6 +172,7 @@ def report(
         "experiments": {str(e["name"]): e["grouping"] for e in experiments},
         "folds": list(folds),
         "seeds": list(seeds),
+        "evaluation": asdict(from_dict(Evaluation, evaluation or {}, "evaluation")),
         "sheets": dict(sheets),
         "slide_tables": {cohort: str(path) for cohort, path in slide_tables.items()},
         "groups": [[cohort, grouping, str(path)] for (cohort, grouping), path in groups.items()],

@@ -121,11 +121,11 @@ def split_file_problems(
 ) -> list[str]:
     """What is wrong with a table of `read_split_file` for these slides (by slide_id); `left_out` are slides of the
     sheets that take no part, and may stand in the file. complete: whether every slide must be in a fold."""
-    problems = _shortened(f"{path}: ", _membership_problems(table, slides, left_out))
+    problems = shortened(f"{path}: ", _membership_problems(table, slides, left_out))
     if complete:
         placed = table.reindex(list(slides))[fold_names(table)].fillna("")
         nowhere = placed.index[(placed == "").all(axis=1)]
-        problems += _shortened(
+        problems += shortened(
             f"{path}: ",
             [f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet" for slide_id in nowhere],
         )
@@ -139,7 +139,7 @@ def split_file_problems(
             if own.nunique() > 1:
                 where = "; ".join(f"{slide_id} in {part}" for slide_id, part in own.items())
                 torn.append(f"patient {name} is in two parts of {fold}: {where}; give all slides of a patient one part")
-        problems += _shortened(f"{path}: ", torn)
+        problems += shortened(f"{path}: ", torn)
         held = set(zip(parts, label[parts.index], strict=True))
         problems += [
             f"{path}: {fold} has no slide of class {name!r} in its {part} part"
@@ -162,6 +162,7 @@ def _membership_problems(table: pd.DataFrame, slides: Mapping[str, Member], left
                 yield f"slide {slide_id} has {column} {given!r}, the sheet says {own!r}: make them one"
 
 
-def _shortened(prefix: str, problems: Iterator[str] | list[str]) -> list[str]:
+def shortened(prefix: str, problems: Iterator[str] | list[str]) -> list[str]:
+    """At most SHOWN problems of a kind, and how many more there are."""
     found = [prefix + problem for problem in problems]
     return found[:SHOWN] + ([f"{prefix}{len(found) - SHOWN} more of the same kind"] if len(found) > SHOWN else [])

@@ -2,6 +2,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -263,6 +264,16 @@ def test_the_numbers_of_the_page_are_those_of_the_files(finished: dict[str, Any]
     right = sum(row["cells"][i]["count"] for i, row in enumerate(rows))
     accuracy = pd.read_csv(finished["results"] / "gmmamba/pooled.csv").set_index(["level", "metric"])["value"]
     assert right / sum(row["n"] for row in rows) == pytest.approx(accuracy["slide", "accuracy"])
+
+
+def test_what_was_said_of_the_sheets_stands_beside_the_splits(
+    finished: dict[str, Any], written: Path, tmp_path: Path
+) -> None:
+    mean = [e for e in finished["experiments"] if e["name"] == "mean"]
+    assert "To be checked" not in (written / "report.html").read_text()
+    assert "To be checked: P-normal & co." in unescape(
+        write(finished, tmp_path, experiments=mean, notes=["P-normal & co"])
+    )
 
 
 def test_the_manifest_names_what_the_report_was_made_of(written: Path) -> None:
