@@ -117,7 +117,7 @@ def report(
     further, of_class = further_metrics(read_pooled(results / names[0], "slide"), shown, len(classes))
     wrong = wrong_calls(runs, metrics, classes)
     attending = attentive(experiments, runs)
-    drawer = Drawer(attending, runs, classes, slides, groups)
+    drawer = Drawer(attending, runs, metrics, classes, slides, groups)
     by = str((attending or experiments)[0]["name"])
     page = _template().render(
         title=chosen.title,
@@ -150,11 +150,13 @@ def report(
         per_run=run_rows(experiments, results),
         curves=curve_rows(runs, metrics, classes),
         by=by,
-        errors=[drawer.row(error) for error in choose_errors(runs[by], classes, chosen.error_slides)],
+        errors=[drawer.row(error) for error in choose_errors(runs[by], metrics[by], classes, chosen.error_slides)],
         wrong=wrong.head(WORST_ROWS).to_dict("records"),
         n_wrong=len(wrong),
-        examples=[drawer.row(example) for example in choose_examples(runs[by], classes, chosen.example_slides)]
-        if attending else [],
+        examples=[
+            drawer.row(example)
+            for example in choose_examples(runs[by], metrics[by], classes, chosen.example_slides if attending else 0)
+        ],
         cost=cost_picture(Path(chosen.costs), scores, slides) if chosen.costs else None,
         training=[
             (name, charts.training_figure([r.history for r in rs], [r.card["best_epoch"] for r in rs],

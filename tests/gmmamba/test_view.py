@@ -24,8 +24,8 @@ from gmmamba.view.pixels import OpenSlides, UnreadableSlideError, open_pixels
 from gmmamba.view.server import Viewer, make_server
 from slidestore import open_store
 from slidestore.groups import read_groups
-from tests.gmmamba.synthetic import PATCH_PX
-from tests.gmmamba.viewed import GROUPING, HEIGHT, RIGHT, WIDTH, label_of, make_viewed
+from tests.gmmamba.synthetic import CLASSES, PATCH_PX
+from tests.gmmamba.viewed import GROUPING, HEIGHT, RIGHT, WIDTH, label_of, make_viewed, write_thresholds
 from tests.slides import plain, write_aperio
 
 ROOT = Path(__file__).parents[2]
@@ -84,6 +84,21 @@ def test_every_slide_is_listed_with_what_was_predicted_of_it(address: tuple[str,
     assert by_id["gone"]["no_picture"].startswith("no such file: ")
     assert "names no file" in by_id["imported"]["no_picture"]
     assert by_id["s0"]["no_picture"] == ""
+
+
+def test_slides_are_called_by_the_thresholds_of_the_tables(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results.parents[1], tmp_path, dirs_exist_ok=True)
+
+    def calls(experiment: str) -> dict[str, str]:
+        slides = read_dataset(tmp_path / "results/d").slides.values()
+        return {s.slide_id: run.called for s in slides for run in s.tested if run.experiment == experiment}
+
+    assert calls("gmmamba")["s1"] == CLASSES[0]  # P(tumour) = 0.2
+    write_thresholds(tmp_path / "results/d/gmmamba", 0.15)
+    assert calls("gmmamba")["s1"] == CLASSES[1]
+    assert calls("gmmamba")["s2"] == CLASSES[1]  # P(tumour) = 0.3
+    assert calls("gmmamba")["s0"] == CLASSES[0]  # 0.1
+    assert calls("mean")["s2"] == CLASSES[1]  # by its own threshold, still 0.5: P(tumour) = 0.6
 
 
 def test_tiles_are_the_slide(address: tuple[str, int], results: Path) -> None:
