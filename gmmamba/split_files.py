@@ -43,9 +43,11 @@ def read_split_file(path: Path, scheme: str) -> pd.DataFrame:
 
 def read_own(path: Path) -> pd.DataFrame:
     """See `read_split_file`."""
+    if path.is_dir():
+        raise SplitError(f"{path} is a folder: name a CSV (slide_id, fold0, ...), or use the scheme clam")
     if not path.is_file():
         raise SplitError(f"{path} does not exist")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = read_csv(path)
     folds = [name for name in table.columns if re.fullmatch(r"fold\d+", name)]
     wanted = [f"fold{i}" for i in range(len(folds))]
     if "slide_id" not in table or not folds or set(folds) != set(wanted):
@@ -64,8 +66,20 @@ def read_own(path: Path) -> pd.DataFrame:
     return table.set_index("slide_id")[[*wanted, *given]]
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of strings. Raises SplitError for what is no CSV."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise SplitError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
 def read_clam(folder: Path) -> pd.DataFrame:
     """See `read_split_file`; folder: with splits_0.csv and so on."""
+    if folder.is_file():
+        raise SplitError(
+            f"{folder} is a file: name the folder of splits_0.csv, splits_1.csv, ..., or use the scheme file"
+        )
     found = {
         int(match[1]): path
         for path in folder.glob("splits_*.csv")
@@ -76,7 +90,7 @@ def read_clam(folder: Path) -> pd.DataFrame:
         raise SplitError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
     folds = {}
     for fold, path in sorted(found.items()):
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_csv(path)
         for part in PARTS:
             if part not in table:
                 raise SplitError(f"{path} has no column {part!r}; CLAM's are train, val, test")
