@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
                   ["gmmamba.comparison"])  # fmt: skip
     sub.add_argument("folder", type=Path, help="results/{dataset}")
     sub.add_argument("experiments", nargs="+", help="what is printed compares with the first of them")
-    sub.add_argument("--settings", type=json.loads, default={}, help="`evaluation` of the configuration, as JSON")
+    sub.add_argument("--settings", type=json.loads, help="`evaluation`, as JSON; else that of the folder's report.json")
     sub.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="such as fold0_seed0; else all they share")
     sub.add_argument("--output", type=Path, metavar="CSV", help="write every pair there, instead of printing")
 
@@ -197,6 +197,8 @@ def check_config(options: argparse.Namespace) -> None:
     from gmmamba.config import load_config
 
     config = load_config(yaml.safe_load(options.config.read_text()))
+    for warning in config.warning_lines():
+        print(f"Warning: {warning}", file=sys.stderr)
     for cohort in config.cohorts.values():
         print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
     for (dataset, name), experiment in config.experiments.items():
@@ -285,22 +287,23 @@ def predict_fold(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    from gmmamba.evaluation import Evaluation
     from gmmamba.evaluation import evaluate as run
-    from slidestore.settings import from_dict
+    from gmmamba.evaluation import evaluation_of
 
-    settings = from_dict(Evaluation, options.settings, "evaluation")
-    run(options.predictions, options.classes, settings, options.metrics, options.pooled)
+    run(options.predictions, options.classes, evaluation_of(options.settings), options.metrics, options.pooled)
 
 
 def compare(options: argparse.Namespace) -> None:
     from gmmamba.comparison import compare as run
-    from gmmamba.comparison import comparison_page, runs_in
-    from gmmamba.evaluation import Evaluation
-    from slidestore.settings import from_dict
+    from gmmamba.comparison import comparison_page, evaluation_in, runs_in
+    from gmmamba.evaluation import evaluation_of
 
-    settings = from_dict(Evaluation, options.settings, "evaluation")
     files = runs_in(options.folder, options.experiments, options.runs)
+    if options.settings is None:
+        settings, said = evaluation_in(options.folder)
+        print(said, file=sys.stderr)
+    else:
+        settings = evaluation_of(options.settings)
     if options.output is None:
         print(comparison_page(files, settings))
     else:

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from gmmamba.leakage import named_by_class, same_files
-from gmmamba.split_files import PARTS, Member
+from gmmamba.split_files import PARTS, Member, shortened
 from gmmamba.splits import FILES, GOES_BY, SplitError, SplitSettings, parts_of_file, patient_folds
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
@@ -175,19 +175,20 @@ def _column_problems(sheet: Path, columns: list[str], tiling_keys: Collection[st
 
 def check_dataset(
     name: str, cohorts: list[tuple[str, Path, list[Slide]]], classes: list[str], split: SplitSettings
-) -> list[str]:
-    """Problems that show only when the sheets of a dataset are put together (`cohorts`: name, sheet, slides)."""
+) -> tuple[list[str], list[str]]:
+    """Problems that show only when the sheets of a dataset are put together (`cohorts`: name, sheet, slides), and
+    warnings, which do not name the dataset."""
     problems: list[str] = []
     goes_by = GOES_BY.get(split.scheme)
     by_id = defaultdict(list)
-    paths: list[tuple[str, Path]] = []
+    paths: list[tuple[str, str, Path]] = []
     labels_of: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> label -> the first slide and where it stands
     given_of: dict[str, dict[str, str]] = defaultdict(dict)  # the same for what the split scheme goes by
     for cohort, sheet, slides in cohorts:
         for slide in (slide for slide in slides if not slide.exclude):
             place = f"{sheet}, line {slide.line}"
             by_id[slide.slide_id].append(place)
-            paths.append((f"{slide.slide_id} ({place})", slide.path))
+            paths.append((slide.patient_id, f"{slide.slide_id} ({place})", slide.path))
             if slide.label not in classes:
                 close = difflib.get_close_matches(slide.label, classes, n=1)
                 hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
@@ -209,13 +210,14 @@ def check_dataset(
     for slide_id, places in by_id.items():
         if len(places) > 1:
             problems.append(f"datasets.{name}: slide_id {slide_id!r} is in several cohorts: {'; '.join(places)}")
-    problems += [f"datasets.{name}: {problem}" for problem in same_files(paths)]
-    first_of = {patient: next(iter(places.values())) for patient, places in labels_of.items()}
-    problems += [f"datasets.{name}: {problem}" for problem in named_by_class(first_of, classes)]
+    doubles, warnings = same_files(paths)
+    problems += [f"datasets.{name}: {problem}" for problem in doubles]
+    warnings = shortened("", warnings)
+    warnings += named_by_class({patient: next(iter(at.values())) for patient, at in labels_of.items()}, classes)
     problems += _torn_patients(f"datasets.{name}", labels_of, "two labels", "mend the sheet")
     problems += _torn_patients(f"datasets.{name}.split", given_of, *TORN.get(split.scheme, ("", "")))
     if problems:
-        return problems
+        return problems, warnings
     patients = {patient: next(iter(labels)) for patient, labels in labels_of.items()}
     problems += [f"datasets.{name}: no slide has the label {c!r}" for c in classes if c not in patients.values()]
     if not problems:
@@ -229,7 +231,7 @@ def check_dataset(
                 patient_folds(patients, classes, split, given_by_patient)
         except SplitError as error:
             problems += [f"datasets.{name}: {problem}" for problem in str(error).split("\n")]
-    return problems
+    return problems, warnings
 
 
 def _torn_patients(where: str, values_of: dict[str, dict[str, str]], what: str, remedy: str) -> Iterator[str]:

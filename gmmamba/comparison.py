@@ -11,6 +11,7 @@ corrects for all pairs of the same level, metric and test. Pools and scores are 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -25,6 +26,7 @@ from gmmamba.evaluation import (
     EvaluationError,
     Units,
     bootstrap_counts,
+    evaluation_of,
     patients_of,
     pooled_scores,
     pools,
@@ -73,6 +75,18 @@ def runs_in(folder: Path, experiments: Sequence[str], only: Sequence[str] = ()) 
     if not (wanted := list(only) or shared):
         raise FileNotFoundError(f"{', '.join(experiments)} have no fold and seed in common: run one of them for more")
     return {name: [paths[run] for run in wanted] for name, paths in found.items()}
+
+
+def evaluation_in(folder: Path) -> tuple[Evaluation, str]:
+    """How a dataset's folder was evaluated, by its report.json, and a sentence that says so; the defaults where there
+    is no report yet, or one that does not say."""
+    manifest = folder / "report.json"
+    made_of = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    if "evaluation" in made_of:
+        found, where = evaluation_of(made_of["evaluation"]), f"as {manifest} has it"
+    else:
+        found, where = Evaluation(), f"the default, as {manifest} does not say: --settings for another"
+    return found, f"evaluation: threshold {found.threshold}, patients {found.patient} ({where})"
 
 
 def classes_of(table: pd.DataFrame) -> list[str]:
@@ -159,7 +173,8 @@ def comparison_page(files: Mapping[str, Sequence[Path]], settings: Evaluation) -
         rows.append([
             name, str(len(each)), f"{np.mean(each):.3f} ± {np.std(each, ddof=1) if len(each) > 1 else np.nan:.3f}",
             *(f"{values[of][0]:.3f}" for of in ("auroc", "accuracy", "log_loss")),
-            difference(name, "auroc"), difference(name, "log_loss"), "".join(f"{value:.3g}" for value in p),
+            difference(name, "auroc"), difference(name, "log_loss"),
+            "".join("–" if np.isnan(value) else f"{value:.3g}" for value in p),
         ])  # fmt: skip
     lines = [header, ["---:"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

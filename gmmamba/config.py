@@ -128,6 +128,10 @@ class Config:
     max_failed_share: float
     reading: dict[str, Any]
     report: dict[str, Any]
+    warnings: dict[str, list[str]]  # by dataset: what may be wrong with its sheets, for a person to judge
+
+    def warning_lines(self) -> list[str]:
+        return [f"datasets.{name}: {warning}" for name, found in self.warnings.items() for warning in found]
 
     def encoder_names(self) -> set[str]:
         """Every encoder whose features there are: those that run here, and those of imported features."""
@@ -171,7 +175,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
         problems += feature_problems(cohorts[name])
     raise_if(problems)
 
-    datasets = {}
+    datasets, warnings = {}, {}
     for name, dataset in settings["datasets"].items():
         split = with_folds_of_file(SplitSettings(**dataset["split"]), f"datasets.{name}.split.path")
         seeds = dataset.get("seeds", settings["seeds"])
@@ -180,9 +184,10 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
             settings["evaluation"] | dataset["evaluation"],
         )  # fmt: skip
         members = [cohorts[c] for c in dataset["cohorts"]]
-        problems += check_dataset(
+        found, warnings[name] = check_dataset(
             name, [(c.name, c.sheet, list(c.slides.values())) for c in members], dataset["classes"], split
         )
+        problems += found
     raise_if(problems)
 
     settings["official"] = named["official"]
@@ -209,7 +214,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
     return Config(
         cohorts, predictions, settings["encoders"], datasets, experiments,
         tables, {name: asked["datasets"].get(name, list(datasets)) for name in tables}, asked["protocol"],
-        table_experiment, settings["max_failed_share"], settings["reading"], settings["report"],
+        table_experiment, settings["max_failed_share"], settings["reading"], settings["report"], warnings,
     )  # fmt: skip
 
 

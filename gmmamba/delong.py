@@ -15,6 +15,8 @@ from scipy.stats import norm, rankdata
 
 from gmmamba.evaluation import Units, patients_of
 
+ROUNDING = 1e-12  # far below what one pair of slides weighs
+
 
 def auroc_parts(pooled: Sequence[Units], n_classes: int) -> tuple[float, np.ndarray, np.ndarray]:
     """The AUROC, mean over pools and for more than two classes over classes; what each patient of `patients_of` adds to
@@ -64,10 +66,11 @@ def delong_difference(
     first: tuple[float, np.ndarray, np.ndarray], second: tuple[float, np.ndarray, np.ndarray]
 ) -> tuple[float, float, float, float]:
     """AUROC of `first` minus that of `second` (each of `auroc_parts`, on the same patients), its 95 % interval, and the
-    two-sided p value of no difference, 1 where every patient's part is the same."""
+    two-sided p value of no difference. Where every patient's part is the same, p is 1 if the AUROCs are, too; else, as
+    for a perfect model and a constant one, the variance is no measure, and interval and p are nan."""
     difference = first[0] - second[0]
     sd = float(np.sqrt(delong_variance(first[1] - second[1], first[2])))
     half = norm.ppf(0.975) * sd
-    if sd == 0:
-        return difference, difference, difference, 1.0
+    if sd < ROUNDING:
+        return (difference, np.nan, np.nan, np.nan) if abs(difference) > ROUNDING else (0.0, 0.0, 0.0, 1.0)
     return difference, difference - half, difference + half, float(2 * norm.sf(abs(difference) / sd))

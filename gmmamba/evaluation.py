@@ -14,11 +14,11 @@ all its slides, in all pools: slides of a patient, and seeds, are no further evi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -26,14 +26,17 @@ import pandas as pd
 from gmmamba.intervals import interval
 from gmmamba.scores import score_names, scores
 from slidestore.atomic import replace_when_whole
+from slidestore.settings import from_dict
 
 SAMPLES = 5000  # of the bootstrap
 BLOCK = 2_000_000  # weights at a time: memory
 LEVELS = ("slide", "patient")
+Threshold = Literal["argmax", "youden", "f1"]
+PatientRule = Literal["mean", "geometric_mean", "max"]
 
 
 class EvaluationError(ValueError):
-    """Predictions that cannot be evaluated as asked; the message names the run and the remedy."""
+    """Predictions that cannot be evaluated as asked; the message names the run or the setting, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -45,10 +48,29 @@ class Evaluation:
                sensitivity + specificity; f1 the highest F1 of the positive class
     patient    a patient's probabilities from those of the slides: mean; geometric_mean (of each class, scaled to sum
                1); max of the positive class, of more than two classes of each, scaled to sum 1
+
+    Raises EvaluationError for other values.
     """
 
-    threshold: Literal["argmax", "youden", "f1"] = "argmax"
-    patient: Literal["mean", "geometric_mean", "max"] = "mean"
+    threshold: Threshold = "argmax"
+    patient: PatientRule = "mean"
+
+    def __post_init__(self) -> None:
+        for name, kind in (("threshold", Threshold), ("patient", PatientRule)):
+            if (value := getattr(self, name)) not in (known := get_args(kind)):
+                raise EvaluationError(f"evaluation.{name}: {value!r} is none of {', '.join(known)}")
+
+
+def evaluation_of(settings: Any) -> Evaluation:
+    """From `evaluation` of the configuration, parsed. Raises EvaluationError for unknown keys and values."""
+    if not isinstance(settings, Mapping):
+        raise EvaluationError(f'evaluation: {settings!r} is no mapping such as {{"threshold": "youden"}}')
+    try:
+        return from_dict(Evaluation, settings, "evaluation")
+    except EvaluationError:
+        raise
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
 
 
 @dataclass(frozen=True)
@@ -114,7 +136,7 @@ def patient_rows(run: pd.DataFrame, classes: list[str], rule: str) -> pd.DataFra
     if rule == "mean":
         P = by[columns].mean()
     elif rule == "geometric_mean":
-        logs = run[columns].apply(np.log)
+        logs = run[columns].clip(lower=np.finfo(float).tiny).apply(np.log)  # of slides sure of 0 and of 1: 0.5
         P = logs.groupby([run["part"], run["patient_id"]], sort=True).mean().apply(np.exp)
     else:
         P = by[columns].max()
@@ -169,7 +191,8 @@ def pooled_scores(
         counts = np.ones((1, len(patients_of(pooled))), np.uint16)
     owners = [np.searchsorted(patients_of(pooled), pool.patients) for pool in pooled]
     blocks = []
-    for block in np.array_split(counts, -(-counts.size // BLOCK)):
+    widest = max(counts.shape[1], *(len(pool.names) for pool in pooled))
+    for block in np.array_split(counts, -(-len(counts) * widest // BLOCK)):
         values = [
             scores(pool.true, pool.probabilities, pool.called, classes, block[:, owner])
             for pool, owner in zip(pooled, owners, strict=True)

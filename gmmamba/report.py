@@ -15,7 +15,7 @@ report.json     which files the report was made of: what `view` shows
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from gmmamba import __version__, charts, figures
-from gmmamba.evaluation import probabilities_of
+from gmmamba.evaluation import Evaluation, probabilities_of
 from gmmamba.report_runs import Run, check_complete, of_runs, pooled_predictions, read_metrics, read_runs
 from gmmamba.report_slides import Drawer, attentive, choose_errors, choose_examples
 from gmmamba.report_tables import (
@@ -89,13 +89,16 @@ def report(
     settings: Mapping[str, Any],
     config: Mapping[str, Any],
     outputs: Outputs,
+    evaluation: Mapping[str, str] | None = None,
+    notes: Sequence[str] = (),
 ) -> None:
     """Write the four outputs; see the module.
 
     experiments: as training was given them, in the order of the table's rows. encoder: name, model, weights, ...
     sheets, slide_tables: cohort -> CSV. groups: (cohort, grouping) -> npz. results: the dataset's folder, which holds
     comparisons.csv and {experiment}/fold{fold}_seed{seed}/. config: what else the page shows as the resolved
-    configuration, besides encoder and experiments; all of it JSON values.
+    configuration, besides encoder and experiments; all of it JSON values. evaluation: the configuration's, by which
+    metrics.csv was made (None: the defaults). notes: what was said of the sheets when the configuration was checked.
 
     Raises ValueError where predictions are missing for a slide of a test part.
     """
@@ -114,7 +117,7 @@ def report(
     further, of_class = further_metrics(read_pooled(results / names[0], "slide"), shown, len(classes))
     wrong = wrong_calls(runs, metrics, classes)
     attending = attentive(experiments, runs)
-    drawer = Drawer(attending, runs, classes, slides, groups)
+    drawer = Drawer(attending, runs, metrics, classes, slides, groups)
     by = str((attending or experiments)[0]["name"])
     page = _template().render(
         title=chosen.title,
@@ -128,6 +131,7 @@ def report(
         total={name: int(counts[name].sum()) for name in COUNTS},
         lost=slides[slides["status"] != "ready"].to_dict("records"),
         tested_again=int((times_tested > 1).sum()),
+        notes=notes,
         split_rows=describe_splits(parts, folds, classes),
         metrics=shown,
         scores=format_scores(scores),
@@ -146,11 +150,13 @@ def report(
         per_run=run_rows(experiments, results),
         curves=curve_rows(runs, metrics, classes),
         by=by,
-        errors=[drawer.row(error) for error in choose_errors(runs[by], classes, chosen.error_slides)],
+        errors=[drawer.row(error) for error in choose_errors(runs[by], metrics[by], classes, chosen.error_slides)],
         wrong=wrong.head(WORST_ROWS).to_dict("records"),
         n_wrong=len(wrong),
-        examples=[drawer.row(example) for example in choose_examples(runs[by], classes, chosen.example_slides)]
-        if attending else [],
+        examples=[
+            drawer.row(example)
+            for example in choose_examples(runs[by], metrics[by], classes, chosen.example_slides if attending else 0)
+        ],
         cost=cost_picture(Path(chosen.costs), scores, slides) if chosen.costs else None,
         training=[
             (name, charts.training_figure([r.history for r in rs], [r.card["best_epoch"] for r in rs],
@@ -168,6 +174,7 @@ def report(
         "experiments": {str(e["name"]): e["grouping"] for e in experiments},
         "folds": list(folds),
         "seeds": list(seeds),
+        "evaluation": asdict(from_dict(Evaluation, evaluation or {}, "evaluation")),
         "sheets": dict(sheets),
         "slide_tables": {cohort: str(path) for cohort, path in slide_tables.items()},
         "groups": [[cohort, grouping, str(path)] for (cohort, grouping), path in groups.items()],

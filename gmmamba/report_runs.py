@@ -65,11 +65,19 @@ def of_runs(metrics: pd.DataFrame) -> pd.DataFrame:
 def called(runs: Sequence[Run], metrics: pd.DataFrame, classes: list[str]) -> np.ndarray:
     """Class indices (S,) that the test slides of all runs are called, by the threshold that each run's validation
     part chose (metrics.csv), in the order of `pooled_predictions`."""
-    thresholds = of_runs(metrics).astype({"fold": int, "seed": int}).set_index(["fold", "seed"])["threshold"]
-    calls = []
-    for run in runs:
-        _, P = probabilities_of(run.test, classes)
-        threshold = thresholds.loc[run.fold, run.seed]
-        by_threshold = len(classes) == 2 and threshold != 0.5
-        calls.append((P[:, 1] > threshold).astype(int) if by_threshold else P.argmax(axis=1))
-    return np.concatenate(calls)
+    chosen = thresholds(metrics)
+    return np.concatenate([called_above(run.test, chosen[run.fold, run.seed], classes) for run in runs])
+
+
+def thresholds(metrics: pd.DataFrame) -> dict[tuple[int, int], float]:
+    """The threshold of slides of each (fold, seed); nan for more than two classes."""
+    rows = of_runs(metrics).to_dict("records")
+    return {(int(row["fold"]), int(row["seed"])): float(row["threshold"]) for row in rows}
+
+
+def called_above(predictions: pd.DataFrame, threshold: float, classes: list[str]) -> np.ndarray:
+    """Class indices (S,) that slides are called by the threshold of their run; 0.5 and nan: the most probable class."""
+    _, P = probabilities_of(predictions, classes)
+    if len(classes) == 2 and threshold != 0.5:
+        return (P[:, 1] > threshold).astype(int)
+    return P.argmax(axis=1)

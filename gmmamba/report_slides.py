@@ -1,7 +1,7 @@
 """The slides that the report shows: examples of what went right and the worst errors, with groups and attention."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from gmmamba import figures
-from gmmamba.report_runs import Run
+from gmmamba.report_runs import Run, called
 from slidestore import open_store
 from slidestore.groups import read_groups
 
@@ -25,14 +25,14 @@ class Example:
     why: str
 
 
-def choose_examples(runs: Sequence[Run], classes: list[str], wanted: int) -> list[Example]:
+def choose_examples(runs: Sequence[Run], metrics: pd.DataFrame, classes: list[str], wanted: int) -> list[Example]:
     """Test slides worth seeing that one experiment calls right, the same ones every time.
 
     In turn: the most confident of each class (the positive one first), then the second of each, until there are
     `wanted` different ones. Each slide counts in its first run only.
     """
-    table = first_runs(runs, classes)
-    correct = table[table["true"] == table["predicted"]]
+    table = first_runs(runs, metrics, classes)
+    correct = table[table["true"] == table["called"]]
     correct = correct.sort_values(["right", "slide_id"], ascending=[False, True])
     queues = [correct[correct["true"] == name] for name in classes[::-1]]
     found = []
@@ -44,20 +44,22 @@ def choose_examples(runs: Sequence[Run], classes: list[str], wanted: int) -> lis
     return found[:wanted]
 
 
-def choose_errors(runs: Sequence[Run], classes: list[str], wanted: int) -> list[Example]:
+def choose_errors(runs: Sequence[Run], metrics: pd.DataFrame, classes: list[str], wanted: int) -> list[Example]:
     """The `wanted` test slides to whose true class one experiment gives the lowest probability, of those that it calls
     wrong. Each slide counts in its first run only."""
-    table = first_runs(runs, classes)
-    wrong = table[table["true"] != table["predicted"]].sort_values(["right", "slide_id"])
+    table = first_runs(runs, metrics, classes)
+    wrong = table[table["true"] != table["called"]].sort_values(["right", "slide_id"])
     return [
-        Example(row["slide_id"], row["fold"], row["seed"], f"called {row['predicted']}")
+        Example(row["slide_id"], row["fold"], row["seed"], f"called {row['called']}")
         for row in wrong.head(wanted).to_dict("records")
     ]
 
 
-def first_runs(runs: Sequence[Run], classes: list[str]) -> pd.DataFrame:
-    """The test predictions of each slide in its first run, and `right`, the probability of its true class."""
+def first_runs(runs: Sequence[Run], metrics: pd.DataFrame, classes: list[str]) -> pd.DataFrame:
+    """The test predictions of each slide in its first run; `called`, its class by the run's threshold (metrics.csv);
+    and `right`, the probability of its true class."""
     table = pd.concat([run.test.assign(fold=run.fold, seed=run.seed) for run in runs], ignore_index=True)
+    table["called"] = [classes[c] for c in called(runs, metrics, classes)]
     table = table.drop_duplicates("slide_id").reset_index(drop=True)
     columns = table["true"].map(classes.index).to_numpy()
     probabilities = table[[f"prob_{name}" for name in classes]].to_numpy()
@@ -67,18 +69,21 @@ def first_runs(runs: Sequence[Run], classes: list[str]) -> pd.DataFrame:
 class Drawer:
     """Draws slides for the report: the slide, each grouping, each experiment's attention.
 
-    experiments: those whose attention says something, in order; groups: (cohort, grouping) -> npz.
+    experiments: those whose attention says something, in order; metrics: metrics.csv of each; groups: (cohort,
+    grouping) -> npz.
     """
 
     def __init__(
         self,
         experiments: Sequence[Mapping[str, Any]],
         runs: Mapping[str, Sequence[Run]],
+        metrics: Mapping[str, pd.DataFrame],
         classes: list[str],
         slides: pd.DataFrame,
         groups: Mapping[tuple[str, str], Path],
     ) -> None:
-        self.experiments, self.runs, self.groups = experiments, runs, groups
+        self.experiments, self.runs, self.metrics, self.groups = experiments, runs, metrics, groups
+        self.classes = classes
         self.slides = slides[slides["status"] == "ready"].set_index("slide_id")
         self.shown = {label: classes[1] if len(classes) == 2 else label for label in classes}  # whose probability
         self.read = cache(read_groups)  # a file has the groups of all slides of its cohort
@@ -117,13 +122,14 @@ class Drawer:
         run = next(r for r in self.runs[experiment] if (r.fold, r.seed) == (example.fold, example.seed))
         with np.load(run.folder / "attention.npz") as maps:
             attention = maps[example.slide_id]
-        predicted = run.test.set_index("slide_id").loc[example.slide_id]
+        predicted = run.test[run.test["slide_id"] == example.slide_id]
+        call = self.classes[called([replace(run, test=predicted)], self.metrics[experiment], self.classes)[0]]
         of = self.shown[label]
         return {
             "uri": figures.jpeg(drawn.attention(attention)),
             "caption": experiment,
-            "note": f"P({of}) = {predicted[f'prob_{of}']:.2f}",
-            "alt": f"Attention of {experiment} on slide {example.slide_id}, called {predicted['predicted']}",
+            "note": f"P({of}) = {predicted[f'prob_{of}'].iloc[0]:.2f}",
+            "alt": f"Attention of {experiment} on slide {example.slide_id}, called {call}",
         }
 
 

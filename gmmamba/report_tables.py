@@ -155,10 +155,10 @@ def full_name(metric: str) -> str:
 def comparison_rows(comparisons: pd.DataFrame) -> list[dict[str, Any]]:
     """The differences in AUROC of every two experiments, each with its interval, test and p value.
 
-    Of the tests of a pair the one for AUROC (DeLong's) where there is one. comparisons: comparisons.csv.
+    Of the tests of a pair the one for AUROC (DeLong's) where it has a p value. comparisons: comparisons.csv.
     """
     found = comparisons[(comparisons["metric"] == "auroc") & (comparisons["level"] == "slide")]
-    found = found.sort_values("test", key=lambda test: test != "delong", kind="stable")
+    found = found.iloc[np.argsort((found["test"] != "delong") | found["p"].isna(), kind="stable")]
     found = found.drop_duplicates(["first", "second"]).sort_index()
     return [
         {

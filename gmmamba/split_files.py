@@ -43,9 +43,11 @@ def read_split_file(path: Path, scheme: str) -> pd.DataFrame:
 
 def read_own(path: Path) -> pd.DataFrame:
     """See `read_split_file`."""
+    if path.is_dir():
+        raise SplitError(f"{path} is a folder: name a CSV (slide_id, fold0, ...), or use the scheme clam")
     if not path.is_file():
         raise SplitError(f"{path} does not exist")
-    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    table = read_csv(path)
     folds = [name for name in table.columns if re.fullmatch(r"fold\d+", name)]
     wanted = [f"fold{i}" for i in range(len(folds))]
     if "slide_id" not in table or not folds or set(folds) != set(wanted):
@@ -64,8 +66,20 @@ def read_own(path: Path) -> pd.DataFrame:
     return table.set_index("slide_id")[[*wanted, *given]]
 
 
+def read_csv(path: Path) -> pd.DataFrame:
+    """A table of strings. Raises SplitError for what is no CSV."""
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise SplitError(f"{path} is not a CSV file in UTF-8: {error}") from error
+
+
 def read_clam(folder: Path) -> pd.DataFrame:
     """See `read_split_file`; folder: with splits_0.csv and so on."""
+    if folder.is_file():
+        raise SplitError(
+            f"{folder} is a file: name the folder of splits_0.csv, splits_1.csv, ..., or use the scheme file"
+        )
     found = {
         int(match[1]): path
         for path in folder.glob("splits_*.csv")
@@ -76,7 +90,7 @@ def read_clam(folder: Path) -> pd.DataFrame:
         raise SplitError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
     folds = {}
     for fold, path in sorted(found.items()):
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+        table = read_csv(path)
         for part in PARTS:
             if part not in table:
                 raise SplitError(f"{path} has no column {part!r}; CLAM's are train, val, test")
@@ -121,11 +135,11 @@ def split_file_problems(
 ) -> list[str]:
     """What is wrong with a table of `read_split_file` for these slides (by slide_id); `left_out` are slides of the
     sheets that take no part, and may stand in the file. complete: whether every slide must be in a fold."""
-    problems = _shortened(f"{path}: ", _membership_problems(table, slides, left_out))
+    problems = shortened(f"{path}: ", _membership_problems(table, slides, left_out))
     if complete:
         placed = table.reindex(list(slides))[fold_names(table)].fillna("")
         nowhere = placed.index[(placed == "").all(axis=1)]
-        problems += _shortened(
+        problems += shortened(
             f"{path}: ",
             [f"slide {slide_id} is in no fold: give it parts, or fill 'exclude' in the sheet" for slide_id in nowhere],
         )
@@ -139,7 +153,7 @@ def split_file_problems(
             if own.nunique() > 1:
                 where = "; ".join(f"{slide_id} in {part}" for slide_id, part in own.items())
                 torn.append(f"patient {name} is in two parts of {fold}: {where}; give all slides of a patient one part")
-        problems += _shortened(f"{path}: ", torn)
+        problems += shortened(f"{path}: ", torn)
         held = set(zip(parts, label[parts.index], strict=True))
         problems += [
             f"{path}: {fold} has no slide of class {name!r} in its {part} part"
@@ -162,6 +176,7 @@ def _membership_problems(table: pd.DataFrame, slides: Mapping[str, Member], left
                 yield f"slide {slide_id} has {column} {given!r}, the sheet says {own!r}: make them one"
 
 
-def _shortened(prefix: str, problems: Iterator[str] | list[str]) -> list[str]:
+def shortened(prefix: str, problems: Iterator[str] | list[str]) -> list[str]:
+    """At most SHOWN problems of a kind, and how many more there are."""
     found = [prefix + problem for problem in problems]
     return found[:SHOWN] + ([f"{prefix}{len(found) - SHOWN} more of the same kind"] if len(found) > SHOWN else [])

@@ -1,7 +1,8 @@
 """The slides of a finished dataset as the viewer lists them: what each is, what was predicted, where its files are.
 
-Reads report.json in results/{dataset} (which files the report was made of), the slide tables, the slide sheets and the
-predictions.csv of every run. Relative paths are relative to the folder that holds `results`.
+Reads report.json in results/{dataset} (which files the report was made of), the slide tables, the slide sheets, the
+metrics.csv of every experiment (thresholds) and the predictions.csv of every run. Relative paths are relative to the
+folder that holds `results`.
 """
 
 import json
@@ -11,17 +12,21 @@ from typing import Any
 
 from gmmamba.cohort import Slide, read_sheet
 from gmmamba.evaluation import read_predictions
+from gmmamba.report_runs import called_above, read_metrics, thresholds
 from gmmamba.slide_tables import read_slide_tables
 
 
 @dataclass(frozen=True)
 class Tested:
-    """What one run (an experiment's fold and seed) predicted of a slide of its test part; probabilities by class."""
+    """What one run (an experiment's fold and seed) predicted of a slide of its test part; probabilities by class.
+
+    called: the class, by the threshold of the run, as in the report and in metrics.csv.
+    """
 
     experiment: str
     fold: int
     seed: int
-    predicted: str
+    called: str
     probabilities: dict[str, float]
     attention: Path  # attention.npz of the run
 
@@ -105,13 +110,16 @@ def read_tested(folder: Path, made_of: dict[str, Any]) -> dict[str, list[Tested]
     """What every run predicted of its test slides, by slide, in the order of experiments, folds and seeds."""
     tested: dict[str, list[Tested]] = {}
     for experiment in made_of["experiments"]:
+        chosen = thresholds(read_metrics(folder / experiment))
         for fold in made_of["folds"]:
             for seed in made_of["seeds"]:
                 run = folder / experiment / f"fold{fold}_seed{seed}"
                 table = read_predictions(run / "predictions.csv")
-                for row in table[table["part"] == "test"].to_dict("records"):
+                test = table[table["part"] == "test"]
+                calls = called_above(test, chosen[fold, seed], made_of["classes"])
+                for row, call in zip(test.to_dict("records"), calls, strict=True):
                     probabilities = {name: row[f"prob_{name}"] for name in made_of["classes"]}
                     tested.setdefault(row["slide_id"], []).append(
-                        Tested(experiment, fold, seed, row["predicted"], probabilities, run / "attention.npz")
+                        Tested(experiment, fold, seed, made_of["classes"][call], probabilities, run / "attention.npz")
                     )
     return tested

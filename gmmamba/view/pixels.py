@@ -34,7 +34,9 @@ def open_pixels(path: Path) -> DeepZoomGenerator:
         if openslide.OpenSlide.detect_format(path) or is_tiled(path):
             handle = openslide.OpenSlide(path)
         else:
-            handle = openslide.ImageSlide(path)
+            picture = Image.open(path)
+            picture.load()  # all of it, now: Pillow decodes without a lock, and tiles are asked for by several threads
+            handle = openslide.ImageSlide(picture)
     except (openslide.OpenSlideError, Image.DecompressionBombError, OSError) as error:
         raise UnreadableSlideError(f"{path} cannot be opened: {error or 'unknown format'}") from error
     return DeepZoomGenerator(handle, tile_size=TILE_PX, overlap=OVERLAP_PX, limit_bounds=False)
@@ -70,7 +72,7 @@ class OpenSlides:
         pixels = self.get(path)
         try:
             picture = pixels.get_tile(level, (column, row))
-        except openslide.OpenSlideError:  # the handle then refuses all further reads
+        except (openslide.OpenSlideError, OSError):  # OpenSlide's handle then refuses all further reads
             with self._lock:
                 self._open.pop(path, None)
             picture = crossed_out(pixels.get_tile_dimensions(level, (column, row)))

@@ -13,6 +13,7 @@ answers only requests addressed to this machine, so that no web site can read sl
 
 import json
 import re
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -37,7 +38,6 @@ FILES = {  # all that is served from the package
 }
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"  # of slides, experiments and groupings: nothing that a URL would have to escape
 POLICY = "default-src 'self'; img-src 'self' blob: data:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
-LOCAL = ("localhost", "127.0.0.1", "[::1]", "::1")
 
 
 class NotListedError(LookupError):
@@ -160,6 +160,10 @@ def as_json(content: Any) -> tuple[bytes, str]:
 
 
 class Server(ThreadingHTTPServer):
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # a browser no longer wants a tile that it asked for
             super().handle_error(request, client_address)
@@ -206,15 +210,17 @@ def make_server(viewer: Viewer, host: str = "127.0.0.1", port: int = 0) -> Serve
 
 
 def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own: localhost, ::1 or any of 127.0.0.0/8."""
     try:
-        return host == "localhost" or ip_address(host).is_loopback
+        return host.lower() == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
 
 
 def addressed_here(host: str) -> bool:
-    """Whether a Host header names this machine."""
-    return re.sub(r":\d+$", "", host) in LOCAL
+    """Whether a Host header, with or without a port, names this machine."""
+    match = re.fullmatch(r"(?:\[(?P<v6>[^\]]+)\]|(?P<name>[^:]+))(?::\d+)?|(?P<bare>::1)", host.strip())
+    return match is not None and is_loopback(match["v6"] or match["name"] or match["bare"])
 
 
 def view(folder: Path, host: str, port: int) -> None:
@@ -227,7 +233,7 @@ def view(folder: Path, host: str, port: int) -> None:
             f"cannot serve on {host}, port {port} ({error}): choose others with --host and --port"
         ) from error
     with server:
-        address = f"http://{host}:{server.server_address[1]}/"
+        address = f"http://{f'[{host}]' if ':' in host else host}:{server.server_address[1]}/"
         print(f"{address}  (end with Ctrl-C)", flush=True)
         if not is_loopback(host):
             print(f"Everyone who reaches {host} can look at these slides: there is no password.", flush=True)

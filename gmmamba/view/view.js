@@ -41,19 +41,19 @@ function listSlides() {
     .sort((a, b) => wrongness(b, experiment) - wrongness(a, experiment) || (a.slide_id < b.slide_id ? -1 : 1));
   $("slides").replaceChildren(...shown.map((slide) => make("li", {}, slideButton(slide, experiment))));
   mark();
-  const wrong = shown.filter((slide) => runsBy(slide, experiment).some((run) => run.predicted !== slide.label)).length;
+  const wrong = shown.filter((slide) => runsBy(slide, experiment).some((run) => run.called !== slide.label)).length;
   $("count").textContent = `${shown.length} of ${dataset.slides.length} slides, ${wrong} called wrong`;
 }
 
 function slideButton(slide, experiment) {
   const runs = runsBy(slide, experiment);
-  const wrong = runs.some((run) => run.predicted !== slide.label);
+  const wrong = runs.some((run) => run.called !== slide.label);
   const button = make("button", { type: "button", className: runs.length ? (wrong ? "wrong" : "right") : "" });
   button.dataset.slide = slide.slide_id;
   button.append(make("b", { textContent: slide.slide_id }));
   let call = slide.status === "ready" ? "not tested" : slide.status;
   if (runs.length) call = `P = ${(1 - wrongness(slide, experiment)).toFixed(2)} ${wrong ? "✗" : "✓"}`;
-  button.append(make("span", { className: "call", textContent: call, title: runs.length ? `mean probability of ${slide.label}` : "" }));
+  button.append(make("span", { className: "call", textContent: call, title: runs.length ? `mean probability of ${slide.label}; ✗: some run calls it otherwise, by its threshold` : "" }));
   const folds = [...new Set(runs.map((run) => run.fold))];
   const facts = [slide.label];
   if (folds.length) facts.push(`fold ${folds.join(", ")}`);

@@ -7,10 +7,12 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from gmmamba.comparison import COLUMNS, bootstrap_difference, compare, comparison_page, runs_in
+from gmmamba.__main__ import main
+from gmmamba.comparison import COLUMNS, bootstrap_difference, compare, compare_pairs, comparison_page, runs_in
 from gmmamba.delong import auroc_parts, delong_difference, delong_variance, placements
 from gmmamba.evaluation import Evaluation, EvaluationError, Units
 from gmmamba.intervals import holm, interval, wilson
+from gmmamba.report_tables import comparison_rows
 
 CLASSES = ["normal", "tumour"]
 
@@ -64,6 +66,20 @@ def test_same_predictions_do_not_differ(markers: dict[str, Units]) -> None:
     parts = auroc_parts([markers["kg"]], 2)
     assert delong_difference(parts, parts) == (0, 0, 0, 1)
     assert bootstrap_difference(np.zeros(99)) == (0, 0, 1)
+
+
+def test_models_that_differ_without_variance_are_not_called_the_same() -> None:
+    true = np.repeat([1, 0], 10)
+    perfect, constant = of_patients(true, 0.1 + 0.8 * true), of_patients(true, np.full(20, 0.4))
+    found = delong_difference(auroc_parts([perfect], 2), auroc_parts([constant], 2))
+    assert found[0] == 0.5
+    assert np.isnan(found[1:]).all()
+    table = compare_pairs({"a": [perfect], "b": [constant]}, CLASSES, [("a", "b")]).assign(level="slide")
+    (row,) = comparison_rows(table)
+    assert (row["test"], row["told_apart"]) == ("bootstrap", True)
+    assert row["difference"] == "+0.500 [+0.500, +0.500]"
+    better = delong_difference(auroc_parts([perfect], 2), auroc_parts([of_patients(true, 0.2 + 0.3 * true)], 2))
+    assert better == (0, 0, 0, 1)
 
 
 def test_placements_by_hand() -> None:
@@ -170,3 +186,38 @@ def test_the_runs_that_are_compared_are_those_shared_or_those_named(tmp_path: Pa
     path.write_text(path.read_text().replace("S13,", "S99,"))
     with pytest.raises(EvaluationError, match="one and two tested other slides, folds or seeds"):
         compare(runs_in(tmp_path, ["one", "two"]), Evaluation(), tmp_path / "comparisons.csv")
+
+
+def test_compare_evaluates_as_the_report_did(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("one", "two"):
+        write_runs(tmp_path, name, 1.0)
+        for path in tmp_path.glob(f"{name}/*/predictions.csv"):
+            table = pd.read_csv(path)
+            pd.concat([table, table.assign(part="val")]).to_csv(path, index=False)
+
+    def compared(*options: str) -> tuple[str, str]:
+        assert main(["compare", str(tmp_path), "one", "two", *options]) == 0
+        return capsys.readouterr()
+
+    plain, said = compared()
+    assert "evaluation: threshold argmax, patients mean (the default" in said
+    (tmp_path / "report.json").write_text('{"evaluation": {"threshold": "f1", "patient": "max"}}')
+    as_reported, said = compared()
+    assert f"threshold f1, patients max (as {tmp_path}/report.json has it)" in said
+    assert as_reported == compared("--settings", '{"threshold": "f1"}')[0] != plain
+    assert compared("--settings", "{}")[0] == plain
+
+
+@pytest.mark.parametrize(("settings", "why"), [
+    ('{"threshold": "Youden"}', "evaluation.threshold: 'Youden' is none of argmax, youden, f1"),
+    ('{"patient": "median"}', "evaluation.patient: 'median' is none of mean, geometric_mean, max"),
+    ('{"treshold": "f1"}', "evaluation: unknown key 'treshold'; did you mean 'threshold'?"),
+    ('["f1"]', "evaluation: ['f1'] is no mapping"),
+])  # fmt: skip
+def test_settings_that_mean_nothing_end_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: str, why: str
+) -> None:
+    write_runs(tmp_path, "one", 1.0)
+    assert main(["compare", str(tmp_path), "one", "--settings", settings]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert why in line

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from gmmamba.__main__ import main
 from gmmamba.config import ConfigError, Experiment, load_config, schema_problems
 from gmmamba.evaluation import Evaluation
 from gmmamba.models import MODELS, create_model
@@ -537,8 +538,32 @@ def test_a_dataset_may_be_evaluated_otherwise(config: dict[str, Any]) -> None:
     assert "datasets.demo: a threshold by youden is for two classes, not 3: set datasets.demo.evaluation" in text
 
 
-def test_a_slide_or_a_person_under_two_names_is_refused(tmp_path: Path) -> None:
-    rows = [*good_rows(), "S90,P90-normal,normal,s4.svs", "S91,P90-tumour,tumour,n.svs"]
+def test_a_slide_of_two_people_is_refused(tmp_path: Path) -> None:
+    rows = [*good_rows(), "S90,P90,normal,s4.svs"]
     text = problems(good_config(write_sheet(tmp_path, rows)))
     assert re.search(r"demo: S4 \(.*slides.csv, line 6\); S90 \(.*slides.csv, line 22\) are one file, ", text)
-    assert re.search(r"the patients P90-normal \(S90 .*line 22\)\); P90-tumour \(S91 .*\) differ by the name", text)
+    excluded = write_sheet(tmp_path, [f"{row}," for row in good_rows()] + [rows[-1] + ",a copy"],
+                           "slide_id,patient_id,label,path,exclude")  # fmt: skip
+    assert load_config(good_config(excluded)).warning_lines() == []
+
+
+def test_what_a_person_must_judge_is_said_and_not_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*good_rows(), "S90,P90-normal,normal,n.svs", "S91,P90-tumour,tumour,t.svs", "S92,P0,normal,s0.svs"]
+    config = good_config(write_sheet(tmp_path, rows))
+    again, alike = load_config(config).warning_lines()
+    assert re.search(r"datasets.demo: S0 \(.*line 2\); S92 \(.*line 24\) are one file, .* which counts 2 times", again)
+    assert re.search(
+        r"datasets.demo: .* P90-normal \(S90 .*line 22\)\) and P90-tumour \(S91 .*\)\. If these are", alike
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["check-config", str(tmp_path / "config.yaml")]) == 0
+    assert capsys.readouterr().err.splitlines() == [f"Warning: {again}", f"Warning: {alike}"]
+
+
+def test_cohorts_of_pairs_have_a_way_out(tmp_path: Path) -> None:
+    """Tumour and normal tissue of one person: as different patients they are said, as one they need one label."""
+    rows = [f"case{i}-{c},case{i}-{c},{c},c{i}{c}.svs" for i in range(20) for c in ("tumour", "normal")]
+    assert "case0-tumour" in load_config(good_config(write_sheet(tmp_path, rows))).warning_lines()[0]
+    one = [f"case{i}-{c},case{i},tumour,c{i}{c}.svs" for i in range(20) for c in ("tumour", "normal")]
+    sheet = write_sheet(tmp_path, [*one, *(f"N{i},N{i},normal,n{i}.svs" for i in range(20))])
+    assert load_config(good_config(sheet)).warning_lines() == []

@@ -1,6 +1,7 @@
 """Scores against scikit-learn and by hand, thresholds, patients, pools, and what evaluate writes."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -229,6 +230,32 @@ def test_patients_are_made_of_their_slides(tmp_path: Path, rule: str, expected: 
     torn = predictions(tmp_path / "1.csv", 0, [0.9, 0.2, 0.1, 0.4, 0.2, 0.8], patients="aabbcc")
     with pytest.raises(EvaluationError, match="patient 0a has slides of two classes"):
         run_units(pd.read_csv(torn), CLASSES, Evaluation(patient=rule), "patient")  # type: ignore[arg-type]
+
+
+def test_slides_that_are_sure_of_opposite_classes_leave_the_patient_undecided(tmp_path: Path) -> None:
+    file = predictions(tmp_path / "0.csv", 0, [1.0, 0.2, 0.0, 1.0, 0.2, 0.8], patients="tntnvw")
+    run = pd.read_csv(file, dtype={"slide_id": str, "patient_id": str})
+    found = run_units(run, CLASSES, Evaluation(patient="geometric_mean"), "patient").probabilities
+    assert found.sum(1) == pytest.approx(1)
+    assert found[1] == pytest.approx([0.5, 0.5])  # t: 1 and 0
+    assert found[0] == pytest.approx([0, 1], abs=1e-100)  # n: 0.2 and 1
+
+
+def test_scores_of_many_slides_a_patient_are_made_in_blocks_of_slides(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = units(0, 0, "aBcD" * 25, list(np.linspace(0.1, 0.9, 100)))  # 4 patients
+    sizes = []
+
+    def spied(true: np.ndarray, P: np.ndarray, called: np.ndarray, classes: list[str], weights: np.ndarray) -> Any:
+        sizes.append(weights.size)
+        return scores(true, P, called, classes, weights)
+
+    counts = bootstrap_counts(4, 300)
+    whole = pooled_scores([pool], CLASSES, counts)["auroc"]
+    monkeypatch.setattr("gmmamba.evaluation.scores", spied)
+    monkeypatch.setattr("gmmamba.evaluation.BLOCK", 1000)
+    np.testing.assert_array_equal(pooled_scores([pool], CLASSES, counts)["auroc"], whole)
+    assert max(sizes) <= 1000
+    assert sum(sizes) == 300 * 100
 
 
 def units(fold: int, seed: int, names: str, p: list[float]) -> Units:

@@ -1,4 +1,4 @@
-"""One person, one slide: under two names it is refused, and both are named."""
+"""One person, one slide: under two names it is refused or said, and both are named."""
 
 import shutil
 from pathlib import Path
@@ -19,18 +19,36 @@ def test_one_file_under_two_names_is_found_through_links(tmp_path: Path) -> None
     (tmp_path / "hard.svs").hardlink_to(tmp_path / "a.svs")
     (tmp_path / "b.svs").touch()
     names = ["a", "soft", "hard", "b", "absent"]
-    (problem,) = same_files((f"{name} (line {i})", tmp_path / f"{name}.svs") for i, name in enumerate(names))
+
+    def found(*patients: str) -> tuple[list[str], list[str]]:
+        placed = enumerate(zip(patients, names, strict=True))
+        return same_files((patient, f"{name} (line {i})", tmp_path / f"{name}.svs") for i, (patient, name) in placed)
+
+    (problem,), warnings = found("P0", "P0", "P1", "P2", "P3")
     assert problem.startswith("a (line 0); soft (line 1); hard (line 2) are one file, ")
     assert "fill 'exclude' for all but one" in problem
+    assert not warnings
+    problems, (warning,) = found("P0", "P0", "P0", "P0", "P0")  # one patient is in one part, whatever the files
+    assert not problems
+    assert "hard (line 2) are one file" in warning
+    assert "of one patient, which counts 3 times" in warning
 
 
 @pytest.mark.parametrize("patients", [
     ["case12-tumour", "case12_normal"], ["case12", "case12.tumour"], ["NORMAL-B7", "tumour-B7"],
-    ["normal/x1y", "x1y/tumour"],
+    ["normal/x1y", "x1y/tumour"], ["camelyon16_normal_001", "camelyon16_tumour_001"],
 ])  # fmt: skip
-def test_patients_that_differ_by_a_class_alone_are_one(patients: list[str]) -> None:
-    (problem,) = named_by_class({name: f"S{i} (line {i})" for i, name in enumerate(patients)}, CLASSES)
-    assert f"{patients[0]} (S0 (line 0)); {patients[1]} (S1 (line 1)) differ by the name of a class alone" in problem
+def test_patients_that_differ_by_a_class_alone_may_be_one(patients: list[str]) -> None:
+    (said,) = named_by_class({name: f"S{i} (line {i})" for i, name in enumerate(patients)}, CLASSES)
+    assert f"{patients[0]} (S0 (line 0)) and {patients[1]} (S1 (line 1))" in said
+    assert "give one person one patient_id" in said
+
+
+def test_of_many_such_patients_some_are_named() -> None:
+    patients = {f"hospital_{name}_{i}": f"S{i}" for i in range(160) for name in CLASSES}
+    (said,) = named_by_class(patients, CLASSES)
+    assert said.count(" and hospital_tumour_") == 5
+    assert "; … and 155 more. If these are the same people" in said
 
 
 @pytest.mark.parametrize("patients", [
@@ -38,8 +56,8 @@ def test_patients_that_differ_by_a_class_alone_are_one(patients: list[str]) -> N
     ["case12-tumour", "case13-normal"], ["P_1", "P-1"], ["abnormal-x", "x"], ["tumours-x", "x"], ["TCGA-AA", "TCGA-AB"],
 ])  # fmt: skip
 def test_other_patients_are_others(patients: list[str]) -> None:
-    assert not list(named_by_class(dict.fromkeys(patients, ""), CLASSES))
-    assert not list(named_by_class({"P-a": "", "P-b": "", "P-1": ""}, ["a", "b", "1"]))  # too short to mean anything
+    assert not named_by_class(dict.fromkeys(patients, ""), CLASSES)
+    assert not named_by_class({"P-a": "", "P-b": "", "P-1": ""}, ["a", "b", "1"])  # too short to mean anything
 
 
 def store(path: Path, slide_id: str, seed: int, quickhash: str | None = None) -> Path:
@@ -57,9 +75,9 @@ def store(path: Path, slide_id: str, seed: int, quickhash: str | None = None) ->
     return path
 
 
-def table(folder: Path, cohort: str, stores: dict[str, Path], **status: str) -> Path:
+def table(folder: Path, cohort: str, stores: dict[str, Path], patient: str = "", **status: str) -> Path:
     path = folder / f"{cohort}.csv"
-    rows = [(name, f"P-{name}", "tumour", status.get(name, "ready"), file) for name, file in stores.items()]
+    rows = [(name, patient or f"P-{name}", "tumour", status.get(name, "ready"), file) for name, file in stores.items()]
     pd.DataFrame(rows, columns=["slide_id", "patient_id", "label", "status", "store"]).to_csv(path, index=False)
     return path
 
@@ -81,3 +99,13 @@ def test_the_same_file_encoded_otherwise_is_known_by_its_quickhash(tmp_path: Pat
         check_content({"a": table(tmp_path, "a", stores)})
     shutil.copy(store(tmp_path / "3.zip", "two", 2, "r"), tmp_path / "2.zip")
     check_content({"a": table(tmp_path, "a", stores)})
+
+
+def test_content_twice_in_one_patient_is_said_and_not_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    stores = {name: store(tmp_path / f"{name}.zip", name, seed=1) for name in ("one", "two", "out")}
+    check_content({"a": table(tmp_path, "a", stores, patient="P7", out="excluded")})
+    (said,) = caplog.messages
+    assert said.startswith(
+        "one (cohort a, patient P7, tumour); two (cohort a, patient P7, tumour) have the same content"
+    )
+    assert "out" not in said

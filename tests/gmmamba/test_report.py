@@ -2,6 +2,7 @@ import base64
 import io
 import json
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from gmmamba.metrics import METRICS
 from gmmamba.prediction import predict
 from gmmamba.report import Outputs, cost_picture, report, summary
 from gmmamba.report_runs import Run, check_complete, read_metrics, read_runs
-from gmmamba.report_slides import choose_errors, choose_examples
+from gmmamba.report_slides import Drawer, Example, choose_errors, choose_examples
 from gmmamba.report_tables import comparison_rows, confusion, format_scores, wrong_calls
+from gmmamba.slide_tables import read_slide_tables
 from gmmamba.splits import SplitSettings, split_dataset
 from gmmamba.training import train
 from tests.gmmamba.finished import FOLDS, METHODS, make_finished
@@ -217,31 +219,51 @@ def six(finished: dict[str, Any]) -> Run:
     return replace(run, fold=0, seed=0, test=table)
 
 
-def test_slides_shown_are_the_most_confident_right_and_wrong_calls(six: Run) -> None:
-    assert [(e.slide_id, e.why) for e in choose_examples([six], CLASSES, 5)] == [
-        ("b", "confident and right: tumour"), ("c", "confident and right: normal"),
-        ("a", "confident and right: tumour"),
-    ]  # fmt: skip
-    assert [(e.slide_id, e.why) for e in choose_errors([six], CLASSES, 2)] == [
-        ("e", "called normal"), ("f", "called tumour"),
-    ]  # fmt: skip
+def with_threshold(threshold: float) -> pd.DataFrame:
+    return pd.DataFrame({"fold": ["0", "mean"], "seed": ["0", ""], "threshold": [threshold, threshold]})
+
+
+@pytest.mark.parametrize(("threshold", "right", "wrong"), [
+    (0.5, "bca", {"e": "normal", "f": "tumour", "d": "normal"}),
+    (0.3, "bcad", {"e": "normal", "f": "tumour"}),  # d has 0.4
+    (0.85, "bcaf", {"e": "normal", "d": "normal"}),  # f has 0.8
+])  # fmt: skip
+def test_slides_shown_are_the_most_confident_right_and_wrong_calls(
+    six: Run, threshold: float, right: str, wrong: dict[str, str]
+) -> None:
+    metrics = with_threshold(threshold)
+    examples = choose_examples([six], metrics, CLASSES, 5)
+    assert [e.slide_id for e in examples] == list(right)
+    assert {e.slide_id: e.why for e in examples}["c"] == "confident and right: normal"
+    errors = choose_errors([six], metrics, CLASSES, 3)
+    assert [(e.slide_id, e.why) for e in errors] == [(name, f"called {call}") for name, call in wrong.items()]
 
 
 def test_calls_are_counted_by_the_threshold_of_the_run(six: Run) -> None:
-    def metrics(threshold: float) -> pd.DataFrame:
-        return pd.DataFrame({"fold": ["0", "mean"], "seed": ["0", ""], "threshold": [threshold, threshold]})
-
     def counts(threshold: float) -> list[list[int]]:
-        rows = confusion([six], metrics(threshold), CLASSES)
+        rows = confusion([six], with_threshold(threshold), CLASSES)
         assert [row["name"] for row in rows] == CLASSES
         return [[cell["count"] for cell in row["cells"]] for row in rows]
 
     assert counts(0.5) == [[1, 1], [2, 2]]
     assert counts(0.3) == [[1, 1], [1, 3]]
     assert counts(0.85) == [[2, 0], [2, 2]]
-    wrong = wrong_calls({"a": [six], "b": [six]}, {"a": metrics(0.5), "b": metrics(0.85)}, CLASSES)
+    metrics = {"a": with_threshold(0.5), "b": with_threshold(0.85)}
+    wrong = wrong_calls({"a": [six], "b": [six]}, metrics, CLASSES)
     assert list(wrong["slide_id"]) == ["e", "f", "d"]  # f, the only one that b calls right, too
     assert list(wrong["a"]) == pytest.approx([0.1, 0.2, 0.4])
+
+
+def test_a_map_says_what_its_run_calls_the_slide(finished: dict[str, Any]) -> None:
+    slides = read_slide_tables(finished["slide_tables"])
+    run = read_runs(finished["results"] / "abmil", [0], [0])[0]
+    first = run.test.iloc[0]
+    for threshold, call in ((-0.1, "tumour"), (1.1, "normal")):
+        drawer = Drawer([{"name": "abmil", "grouping": None}], {"abmil": [run]}, {"abmil": with_threshold(threshold)},
+                        CLASSES, slides, {})  # fmt: skip
+        *_, attention = drawer.row(Example(first["slide_id"], 0, 0, ""))["pictures"]
+        assert attention["alt"].endswith(f"called {call}")
+        assert attention["note"] == f"P(tumour) = {first['prob_tumour']:.2f}"
 
 
 def test_the_numbers_of_the_page_are_those_of_the_files(finished: dict[str, Any], written: Path) -> None:
@@ -265,9 +287,20 @@ def test_the_numbers_of_the_page_are_those_of_the_files(finished: dict[str, Any]
     assert right / sum(row["n"] for row in rows) == pytest.approx(accuracy["slide", "accuracy"])
 
 
+def test_what_was_said_of_the_sheets_stands_beside_the_splits(
+    finished: dict[str, Any], written: Path, tmp_path: Path
+) -> None:
+    mean = [e for e in finished["experiments"] if e["name"] == "mean"]
+    assert "To be checked" not in (written / "report.html").read_text()
+    assert "To be checked: P-normal & co." in unescape(
+        write(finished, tmp_path, experiments=mean, notes=["P-normal & co"])
+    )
+
+
 def test_the_manifest_names_what_the_report_was_made_of(written: Path) -> None:
     manifest = json.loads((written / "report.json").read_text())
     assert manifest["experiments"] == {"gmmamba": "location-4", "abmil": None, "mean": None}
+    assert manifest["evaluation"] == {"threshold": "argmax", "patient": "mean"}
     assert manifest["sheets"] == {"north": "north/slides.csv", "south": "south/slides.csv"}
     assert [Path(path).is_file() for _, _, path in manifest["groups"]] == [True, True]
     assert all(Path(path).is_file() for path in manifest["slide_tables"].values())

@@ -147,3 +147,18 @@ def test_paths_belong_to_the_schemes_that_read_them(tmp_path: Path) -> None:
         load_config(configured(tmp_path, GOOD, scheme="clam", path=None))
     with pytest.raises(ConfigError, match=r"absent\.csv does not exist"):
         load_config(configured(tmp_path, GOOD, path="absent.csv"))
+    with pytest.raises(ConfigError, match=r"split\.path: .* is a folder: name a CSV .* or use the scheme clam"):
+        load_config(configured(tmp_path, GOOD, path=str(tmp_path)))
+    (tmp_path / "mine.csv").write_text("slide_id,fold0\nS0,train\n")
+    with pytest.raises(ConfigError, match=r"mine\.csv is a file: name the folder of splits_0\.csv, .* the scheme file"):
+        load_config(configured(tmp_path, GOOD, scheme="clam", path=str(tmp_path / "mine.csv")))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"slide_id,fold0\nS0,tr\xe4in\n", b"slide_id,fold0\nS0,train,test,val\nS1,a,b,c,d\n"]
+)
+def test_files_that_are_no_csv_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "splits_0.csv").write_bytes(content)
+    for scheme, path in (("file", tmp_path / "splits_0.csv"), ("clam", tmp_path)):
+        with pytest.raises(ConfigError, match=r"split\.path: .*splits_0\.csv is not a CSV file in UTF-8"):
+            load_config(configured(tmp_path, GOOD, scheme=scheme, path=str(path)))

@@ -3,10 +3,12 @@ import json
 import shutil
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import openslide
@@ -22,8 +24,8 @@ from gmmamba.view.pixels import OpenSlides, UnreadableSlideError, open_pixels
 from gmmamba.view.server import Viewer, make_server
 from slidestore import open_store
 from slidestore.groups import read_groups
-from tests.gmmamba.synthetic import PATCH_PX
-from tests.gmmamba.viewed import GROUPING, HEIGHT, RIGHT, WIDTH, label_of, make_viewed
+from tests.gmmamba.synthetic import CLASSES, PATCH_PX
+from tests.gmmamba.viewed import GROUPING, HEIGHT, RIGHT, WIDTH, label_of, make_viewed, write_thresholds
 from tests.slides import plain, write_aperio
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +84,21 @@ def test_every_slide_is_listed_with_what_was_predicted_of_it(address: tuple[str,
     assert by_id["gone"]["no_picture"].startswith("no such file: ")
     assert "names no file" in by_id["imported"]["no_picture"]
     assert by_id["s0"]["no_picture"] == ""
+
+
+def test_slides_are_called_by_the_thresholds_of_the_tables(results: Path, tmp_path: Path) -> None:
+    shutil.copytree(results.parents[1], tmp_path, dirs_exist_ok=True)
+
+    def calls(experiment: str) -> dict[str, str]:
+        slides = read_dataset(tmp_path / "results/d").slides.values()
+        return {s.slide_id: run.called for s in slides for run in s.tested if run.experiment == experiment}
+
+    assert calls("gmmamba")["s1"] == CLASSES[0]  # P(tumour) = 0.2
+    write_thresholds(tmp_path / "results/d/gmmamba", 0.15)
+    assert calls("gmmamba")["s1"] == CLASSES[1]
+    assert calls("gmmamba")["s2"] == CLASSES[1]  # P(tumour) = 0.3
+    assert calls("gmmamba")["s0"] == CLASSES[0]  # 0.1
+    assert calls("mean")["s2"] == CLASSES[1]  # by its own threshold, still 0.5: P(tumour) = 0.6
 
 
 def test_tiles_are_the_slide(address: tuple[str, int], results: Path) -> None:
@@ -173,12 +190,37 @@ def test_nothing_but_what_is_listed_is_served(address: tuple[str, int], path: st
 
 
 def test_a_web_site_that_points_here_reads_nothing(address: tuple[str, int]) -> None:
-    for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
+    for host in (
+        "evil.example",
+        "evil.example:80",
+        "127.0.0.1.evil.example",
+        "",
+        "[::2]:1",
+        "10.0.0.1",
+        "localhost:80:80",
+    ):
         status, content = get(address, "/dataset.json", host or " ")
         assert status == 403, host
         assert b"slides" not in content
-    for host in ("localhost:8765", "127.0.0.1", "[::1]:1"):
+    for host in ("localhost:8765", "LOCALHOST:8765", "127.0.0.1", "127.0.0.2:80", "[::1]:1", "[::1]"):
         assert get(address, "/dataset.json", host)[0] == 200
+
+
+def test_every_address_of_this_machine_serves(results: Path) -> None:
+    with socket.socket(socket.AF_INET6) as probe:
+        try:
+            probe.bind(("::1", 0))
+        except OSError:  # containers often have no IPv6
+            hosts = ["127.0.0.2"]
+        else:
+            hosts = ["127.0.0.2", "::1"]
+    viewer = Viewer(read_dataset(results))
+    for host in hosts:
+        with make_server(viewer, host) as server:
+            Thread(target=server.serve_forever, daemon=True).start()
+            port = server.server_address[1]
+            assert get((host, port), "/dataset.json", f"[{host}]:{port}" if ":" in host else f"{host}:{port}")[0] == 200
+            server.shutdown()
 
 
 def test_slides_that_cannot_be_shown_say_why(address: tuple[str, int], results: Path) -> None:
@@ -210,6 +252,32 @@ def test_flat_pictures_and_dicom_folders_are_opened(tmp_path: Path, shared: Path
     for name, why in (("empty", "without .dcm files"), ("notes.txt", "cannot be opened")):
         with pytest.raises(UnreadableSlideError, match=why):
             open_pixels(tmp_path / name)
+
+
+def test_tiles_of_a_flat_picture_are_right_whoever_asks_at_once(tmp_path: Path) -> None:
+    path, rng = tmp_path / "flat.png", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (2000, 2000, 3), dtype=np.uint8)).save(path)
+    level = open_pixels(path).level_count - 1
+    wanted = [(column, row) for column in range(4) for row in range(2)]
+    alone = OpenSlides()
+    expected = [alone.tile(path, level, *tile) for tile in wanted]
+    for _ in range(3):
+        together = OpenSlides()
+        with ThreadPoolExecutor(len(wanted)) as pool:
+            found = [pool.submit(together.tile, path, level, *tile) for tile in wanted]
+        assert [tile.result() for tile in found] == expected
+    path.write_bytes(path.read_bytes()[:-50_000])
+    with pytest.raises(UnreadableSlideError, match="cannot be opened"):
+        OpenSlides().tile(path, level, 0, 0)
+
+
+def test_a_tile_that_the_disk_does_not_give_is_crossed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(plain(700, 300)).save(tmp_path / "flat.png")
+    slides = OpenSlides()
+    monkeypatch.setattr(slides.get(tmp_path / "flat.png"), "get_tile", Mock(side_effect=OSError("stale file handle")))
+    for expected in (0xDD, 200):  # at the next request the file is opened anew
+        tile = np.asarray(Image.open(io.BytesIO(slides.tile(tmp_path / "flat.png", 10, 0, 0))))
+        assert np.abs(np.median(tile[..., 0]) - expected) < 4
 
 
 def test_a_damaged_tile_is_crossed_out_and_the_others_are_shown(tmp_path: Path) -> None:

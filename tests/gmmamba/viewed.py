@@ -78,6 +78,7 @@ def make_viewed(project: Path) -> Path:
             maps = {slide_id: (even if name == "mean" else attention)[slide_id] for slide_id in ids}
             with (run / "attention.npz").open("wb") as file:
                 np.savez(file, **maps)
+        write_thresholds(results / name, 0.5)
     manifest = {
         "dataset": "d", "classes": CLASSES, "experiments": {"gmmamba": GROUPING, "mean": None}, "folds": [0, 1],
         "seeds": [0], "sheets": {"c": "cohort/slides.csv"}, "slide_tables": {"c": f"results/c/features/{ENCODER}.csv"},
@@ -85,6 +86,12 @@ def make_viewed(project: Path) -> Path:
     }  # fmt: skip
     (results / "report.json").write_text(json.dumps(manifest))
     return results
+
+
+def write_thresholds(experiment: Path, threshold: float) -> None:
+    """Of metrics.csv what is read: both folds have this threshold."""
+    rows = [("0", "0", threshold), ("1", "0", threshold), ("mean", "", threshold), ("sd", "", 0)]
+    pd.DataFrame(rows, columns=["fold", "seed", "threshold"]).to_csv(experiment / "metrics.csv", index=False)
 
 
 def write_predictions(path: Path, ids: list[str], fold: int, at: int) -> None:

@@ -25,6 +25,10 @@ try:
 except ConfigError as error:
     raise WorkflowError(str(error))
 
+if workflow.is_main_process:  # once, and not in the log of every job
+    for warning in CONFIG.warning_lines():
+        print(f"Warning: {warning}", file=sys.stderr)
+
 
 TABLE_EXPERIMENTS = CONFIG.table_experiments()  # their rows, by name
 

@@ -306,6 +306,8 @@ def report_settings(wildcards):
             "classes": dataset.classes,
             "encoder": report_encoder(dataset),
             "sheets": {name: str(CONFIG.cohorts[name].sheet) for name in dataset.cohorts},
+            "evaluation": dataset.evaluation,
+            "notes": CONFIG.warnings[dataset.name],
             "settings": CONFIG.report,
             "config": {
                 "tiling": {name: CONFIG.cohorts[name].tiling for name in dataset.cohorts if name in TILED},
