@@ -1,7 +1,9 @@
 """Predictions on new slides: contributions against what they must sum to, files against the readers they are for."""
 
 import json
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,19 +13,22 @@ import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gmmamba.foci import FociError, Focus, read_foci
 from gmmamba.inference.explain import group_contributions, log_odds, patch_contributions, patch_evidence
 from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.model_file import Ensemble, export_model, load_ensemble
 from gmmamba.inference.ome import PER_PATCH, raster, write_ome
 from gmmamba.inference.pipeline import InferenceError, record_pipeline
 from gmmamba.inference.qupath import collection, feature, group_outlines
-from gmmamba.inference.slides import SlidesError, list_slides
+from gmmamba.inference.slides import Preparation, SlidesError, list_slides
 from gmmamba.models import MODELS, create_model
 from gmmamba.models.bag import Bag
 from gmmamba.splits import SplitSettings, split_dataset
 from gmmamba.training import train
+from preprocessing.patch_picture import picture_patches
 from tests.gmmamba.synthetic import CLASSES, experiment, make_dataset
 
 IN_DIM = 24
@@ -184,8 +189,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiling = {"patch_px": 224, "mpp": 0.5}
     pipeline = {"tiling": {"synthetic": tiling}, "reading": {}, "encoder": {"name": "tiny", "weights": "random"}}
     record_pipeline(pipeline, tables, [home / "fold0_seed0", home / "fold1_seed0"], home / "pipeline.json")
-    with pytest.raises(InferenceError, match=r"patches of 224 px at 0.5 µm/px, the config says 224 px at 1.0"):
-        record_pipeline(pipeline | {"tiling": {"synthetic": {**tiling, "mpp": 1.0}}}, tables, [], home / "no.json")
     return home
 
 
@@ -264,6 +267,31 @@ def test_what_is_no_model_is_refused_in_one_line(trained: Path, tmp_path: Path) 
     refused(copy, "not those of the model it describes")
 
 
+def test_a_model_file_from_anybody_reaches_no_path_and_runs_no_code(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    export_model(load_ensemble(trained), path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        card = json.loads(file.metadata()["gmmamba"])
+
+    def refused(message: str, text: str | None = None, encoder: dict[str, str] | None = None, **changes: Any) -> None:
+        pipeline = card["pipeline"] | ({} if encoder is None else {"encoder": card["pipeline"]["encoder"] | encoder})
+        save_file(tensors, path, {"gmmamba": text or json.dumps(card | {"pipeline": pipeline} | changes)})
+        with pytest.raises(InferenceError, match=message) as error:
+            load_ensemble(path)
+        assert "\n" not in str(error.value)
+
+    for name in ("/tmp/x", "../x", ".."):
+        refused("which becomes a folder's, must be made of letters", encoder={"name": name})
+    refused("no JSON", "nojson")
+    refused("does not say of which format", "{}")
+    refused("does not say of which format", "[1]")
+    refused("says nothing of pipeline, experiment, dataset, classes", '{"format": 1}')
+    refused("unknown key", pipeline=card["pipeline"] | {"tilling": {}})
+    refused("which would run here: .* allow it with --own-code", encoder={"model": "mine.py:f"})
+    assert load_ensemble(path, own_code=True).pipeline.encoder["model"] == "mine.py:f"  # type: ignore[index]
+
+
 # Slides -----------------------------------------------------------------------------------------------------------
 
 
@@ -278,6 +306,93 @@ def test_slides_of_a_folder_a_sheet_and_a_file(tmp_path: Path) -> None:
     sheet.write_text("path,slide_id,mpp,label,exclude\nb.svs,,0.5,tumour,\ndicom,d,,normal,\nsub,,,,torn\n")
     rows = [(s.slide_id, s.mpp, s.mpp_source, s.label) for s in list_slides(sheet, 0.25)]
     assert rows == [("b", 0.5, "sheet", "tumour"), ("d", 0.25, "config", "normal")]
+
+
+@pytest.mark.parametrize("marks", [["preparation.json"], ["predictions.csv", "members.csv"]])
+@pytest.mark.parametrize("output", ["predictions", "."])
+def test_heat_maps_of_an_earlier_run_are_no_slides(tmp_path: Path, output: str, marks: list[str]) -> None:
+    for name in ("a.svs", f"{output}/slides/a/heatmap.ome.tif", *(f"{output}/{mark}" for mark in marks)):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert [slide.slide_id for slide in list_slides(tmp_path)] == ["a"]
+
+
+def prepared(output: Path, cohort: str, encoder: str) -> tuple[Path, Path]:
+    """A tile record and a store of slide s, as far as `Preparation.begin` looks at them."""
+    tiled, store = output / "tiles/s.json", output / "features" / encoder / "s.zarr.zip"
+    for path, text in ((tiled, json.dumps({"cohort": cohort})), (store, "days of work")):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tiled, store
+
+
+def preparation(output: Path, sha256: str = "ab", **encoder: str) -> Preparation:
+    encoder = {"name": "tiny", "model": "test_resnet", "weights": "w.safetensors"} | encoder
+    return Preparation(output, {"mpp": 0.5}, {}, encoder, sha256, 1)
+
+
+def test_another_s_tiles_and_features_are_refused_and_stay(tmp_path: Path) -> None:
+    files = prepared(tmp_path, "mycohort", "tiny")
+    with pytest.raises(SlidesError, match="holds tiles or features that predict did not make: choose another --output"):
+        preparation(tmp_path).begin()
+    files[0].unlink()
+    with pytest.raises(SlidesError, match="choose another --output"):
+        preparation(tmp_path).begin()
+    assert files[1].is_file()
+    assert not (tmp_path / "preparation.json").exists()
+
+
+def test_only_what_was_prepared_with_other_settings_is_forgotten(tmp_path: Path) -> None:
+    preparation(tmp_path).begin()
+    files = prepared(tmp_path, "new", "tiny")
+    _, other = prepared(tmp_path, "new", "other")
+    preparation(tmp_path, weights="elsewhere.safetensors").begin()  # the same weights at another path
+    assert all(path.is_file() for path in files)
+    preparation(tmp_path, sha256="cd").begin()
+    assert [path.is_file() for path in (*files, other)] == [False, False, True]
+    files = prepared(tmp_path, "mycohort", "tiny")  # Snakemake's, since then
+    preparation(tmp_path).begin()
+    assert all(path.is_file() for path in files)
+
+
+def test_a_killed_stage_is_said_to_be_so_and_the_first_slide_stops_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = preparation(tmp_path)
+    slides = [slide for name in "ab" for slide in list_slides(touched(tmp_path / f"{name}.svs"))]
+    ended: list[str] = []
+    script = {"all": "echo INFO 12 patches; kill -9 $$"}
+
+    def run(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        ended.append(command[3])
+        return popen(["sh", "-c", script["all"]], **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", run)
+    monkeypatch.setattr(Preparation, "_tile", lambda self, slide: None)
+    monkeypatch.setattr(Preparation, "_is_encoded", lambda self, slide_id: False)
+    with pytest.raises(SlidesError, match=r"encode ended with exit status -9, see .*logs/encode/all.log"):
+        asked.prepare(slides)
+    assert ended == ["encode"]
+    script["all"] = "echo 'ValueError: no such model'; exit 1"
+    with pytest.raises(SlidesError, match=r"^no such model$"):
+        asked.prepare(slides)
+    script["all"] = "echo INFO nothing to do"
+    reason = f"encode ended with exit status 0, see {tmp_path}/logs/encode/all.log"
+    assert asked.prepare(slides) == {"a": reason, "b": reason}
+
+
+def touched(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+def test_slides_left_without_a_tile_record_stop_no_picture(tmp_path: Path) -> None:
+    for name in ("a_left", "b"):
+        (tmp_path / "slides" / name).mkdir(parents=True)
+        content = {"path": "none.svs", "rows": [{"title": "x", "patches": []}]}
+        (tmp_path / "slides" / name / "patches.json").write_text(json.dumps(content))
+    picture_patches(tmp_path)  # of a file that is gone, too, it only warns
 
 
 @pytest.mark.parametrize(
@@ -307,10 +422,38 @@ def test_nothing_to_predict_is_said(tmp_path: Path) -> None:
 
 def test_the_share_of_a_patch_in_foci() -> None:
     coords = np.array([[0, 0], [100, 0], [200, 0]], np.int32)
-    squares = pd.DataFrame({"x": [0, 150], "y": [0, 0], "tile_px": [100, 100]})
+    squares = [Focus(0, 0, "side", 100), Focus(150, 0, "side", 100)]
     assert in_foci(coords, 100.0, squares).tolist() == [1, 0.5, 0.5]
-    disc = pd.DataFrame({"x": [50], "y": [50], "radius_px": [40]})
-    assert in_foci(coords, 100.0, disc) == pytest.approx([np.pi * 0.16, 0, 0], abs=0.02)
+    disc = Focus(50, 50, "radius", 40)
+    assert in_foci(coords, 100.0, [disc]) == pytest.approx([np.pi * 0.16, 0, 0], abs=0.02)
+
+
+def test_squares_and_discs_in_one_file(tmp_path: Path) -> None:
+    path = tmp_path / "foci.csv"
+    path.write_text("slide_id,x,y,tile_px,radius_px,class\na,50,50,,40,T\na,150,0,100,,\n007,1,2,3,,\n")
+    found = read_foci(path)
+    assert found == {
+        "a": [Focus(50, 50, "radius", 40, "T"), Focus(150, 0, "side", 100)],
+        "007": [Focus(1, 2, "side", 3)],
+    }
+    coords = np.array([[0, 0], [100, 0]], np.int32)
+    assert in_foci(coords, 100.0, found["a"]) == pytest.approx([np.pi * 0.16, 0.5], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("slide_id,x,y\na,1,2\n", "must have the columns slide_id, x, y and tile_px or radius_px, not slide_id, x, y"),
+        ("slide_id,x,y,radius_px\na,1,2,3\na,1,2,\n", "line 3: a focus needs the numbers"),
+        ("slide_id,x,y,radius_px\na,,2,3\n", "line 2: a focus needs"),
+        ("slide_id,x,y,radius_px,tile_px\na,1,2,3,4\n", "line 2: a focus needs .* one of"),
+        ("slide_id,x,y,radius_px\na,1,2,nan\n", "line 2: a focus needs"),
+    ],
+)
+def test_bad_foci_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "foci.csv").write_text(text)
+    with pytest.raises(FociError, match=message):
+        read_foci(tmp_path / "foci.csv")
 
 
 def test_localisation_of_predictions(tmp_path: Path) -> None:
