@@ -143,10 +143,12 @@ class Preparation:
                 )
         elif path.read_text() == text:
             return
-        for old in tiles:
-            if json.loads(old.read_text(encoding="utf-8"))["cohort"] == COHORT:
-                self.store(old.stem).unlink(missing_ok=True)
-                old.unlink()  # after its store, which would not be found without it
+        for store in self.output.glob(f"features/{self.encoder['name']}/*.zarr.zip"):
+            if _cohort_of(store) == COHORT:
+                store.unlink()
+        for record in tiles:
+            if json.loads(record.read_text(encoding="utf-8"))["cohort"] == COHORT:
+                record.unlink()
         with replace_when_whole(path) as part:
             part.write_text(text)
 
@@ -285,3 +287,11 @@ class Preparation:
         if status > 0 and lines and lines[-1].startswith("ValueError: "):  # what a user can mend
             return lines[-1]
         return f"{stage} ended with exit status {status}, see {log}"
+
+
+def _cohort_of(store: Path) -> str | None:
+    """None of a store that cannot be read: its slide is encoded again in any case."""
+    try:
+        return open_store(store).attributes.cohort
+    except StoreError:
+        return None

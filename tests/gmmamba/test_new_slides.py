@@ -14,6 +14,7 @@ from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.pipeline import InferenceError
 from gmmamba.inference.slides import Preparation, SlidesError, list_slides
 from preprocessing.patch_picture import picture_patches
+from slidestore import StoreAttributes, write_store
 
 # Slides -----------------------------------------------------------------------------------------------------------
 
@@ -40,12 +41,17 @@ def test_heat_maps_of_an_earlier_run_are_no_slides(tmp_path: Path, output: str, 
     assert [slide.slide_id for slide in list_slides(tmp_path)] == ["a"]
 
 
-def prepared(output: Path, cohort: str, encoder: str) -> tuple[Path, Path]:
-    """A tile record and a store of slide s, as far as `Preparation.begin` looks at them."""
-    tiled, store = output / "tiles/s.json", output / "features" / encoder / "s.zarr.zip"
-    for path, text in ((tiled, json.dumps({"cohort": cohort})), (store, "days of work")):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+def prepared(output: Path, cohort: str, encoder: str, slide_id: str = "s") -> tuple[Path, Path]:
+    """The tile record and the store of a slide, as far as `Preparation.begin` looks at them."""
+    tiled, store = output / f"tiles/{slide_id}.json", output / "features" / encoder / f"{slide_id}.zarr.zip"
+    tiled.parent.mkdir(parents=True, exist_ok=True)
+    tiled.write_text(json.dumps({"cohort": cohort}))
+    attributes = StoreAttributes(
+        slide_id=slide_id, cohort=cohort, patch_px=64, patch_px_level0=64, mpp=0.5, level0_mpp=0.5, level0_width=64,
+        level0_height=64, magnification=None, encoder=encoder, encoder_weights_sha256="ab", tiling_hash="x", source={},
+        created_by="test",
+    )  # fmt: skip
+    write_store(store, np.zeros((1, 2), np.int32), np.zeros((1, 4), np.float16), attributes)
     return tiled, store
 
 
@@ -69,10 +75,12 @@ def test_only_what_was_prepared_with_other_settings_is_forgotten(tmp_path: Path)
     preparation(tmp_path).begin()
     files = prepared(tmp_path, "new", "tiny")
     _, other = prepared(tmp_path, "new", "other")
+    orphan = prepared(tmp_path, "new", "tiny", "t")
+    orphan[0].unlink()
     preparation(tmp_path, weights="elsewhere.safetensors").begin()  # the same weights at another path
     assert all(path.is_file() for path in files)
     preparation(tmp_path, sha256="cd").begin()
-    assert [path.is_file() for path in (*files, other)] == [False, False, True]
+    assert [path.is_file() for path in (*files, orphan[1], other)] == [False, False, False, True]
     files = prepared(tmp_path, "mycohort", "tiny")  # Snakemake's, since then
     preparation(tmp_path).begin()
     assert all(path.is_file() for path in files)
