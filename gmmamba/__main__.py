@@ -124,7 +124,8 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("folder", type=Path, help="results/{dataset}")
     sub.add_argument("experiments", nargs="+", help="what is printed compares with the first of them")
     sub.add_argument("--settings", type=json.loads, help="`evaluation`, as JSON; else that of the folder's report.json")
-    sub.add_argument("--runs", nargs="+", default=[], metavar="RUN", help="such as fold0_seed0; else all they share")
+    sub.add_argument("--runs", action="append", default=[], metavar="RUN",
+                     help="such as fold0_seed0, repeatable; else all they share")  # fmt: skip
     sub.add_argument("--output", type=Path, metavar="CSV", help="write every pair there, instead of printing")
 
     sub = command("report", report, "HTML report, result table and accounting of a dataset", ["gmmamba.report"])

@@ -8,6 +8,7 @@ folds are not part of it, so that one more seed trains only that seed.
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -29,7 +30,7 @@ from gmmamba.config_checks import (
     schema_problems,
     slide_tiling_problems,
 )  # fmt: skip
-from gmmamba.inference.slides import SlidesError, list_slides
+from gmmamba.inference.slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
@@ -210,7 +211,12 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
             experiment_name(name, asked["protocol"]), experiment, settings, datasets[dataset], schema
         )
 
-    predictions = {name: new_slides(name, new, cohorts, datasets) for name, new in settings["predictions"].items()}
+    predictions = {}
+    for name, new in settings["predictions"].items():
+        try:
+            predictions[name] = new_slides(name, new, cohorts, datasets)
+        except NoSlidesError as error:  # a folder that is filled now and then: all else goes on
+            print(f"predictions.{name}: {error}; nothing is predicted of it", file=sys.stderr)
     return Config(
         cohorts, predictions, settings["encoders"], datasets, experiments,
         tables, {name: asked["datasets"].get(name, list(datasets)) for name in tables}, asked["protocol"],
@@ -221,13 +227,16 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
 def new_slides(
     name: str, new: Mapping[str, Any], cohorts: dict[str, Cohort], datasets: dict[str, Dataset]
 ) -> NewSlides:
-    """The slides of `predictions.{name}`, listed. ConfigError where there are none, or their tiling is not known."""
+    """The slides of `predictions.{name}`, listed. ConfigError where they cannot be, or their tiling is not known;
+    NoSlidesError where their folder is empty."""
     where, dataset = f"predictions.{name}", datasets[new["dataset"]]
     members = {cohort: cohorts[cohort] for cohort in dataset.cohorts}
     raise_if(different_tilings(where, new.get("like"), members))
     like = new.get("like", dataset.cohorts[0])
     try:
         slides = list_slides(Path(new["slides"]), new.get("mpp"))
+    except NoSlidesError:
+        raise
     except SlidesError as error:
         raise ConfigError(f"{where}.slides: {error}") from error
     cohort = Cohort(

@@ -28,6 +28,8 @@ from slidestore.atomic import replace_when_whole
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi")
 NAME_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt")  # tables may name feature files
+PREPARATION = "preparation.json"  # of an output folder of `gmmamba predict`; of one by Snakemake, these two:
+PREDICTED = {"predictions.csv", "members.csv"}
 UNFINISHED = (".partial", ".part", ".crdownload", ".tmp")
 TCGA = re.compile(r"(TCGA-(\w\w)-\w{4})(?:-(\d\d)[A-Z]?-\w\w-([A-Z]{2})\w*)?(?=\W|$)", re.IGNORECASE)
 SAMPLE_TYPES = {"01": "primary tumour", "02": "recurrence", "05": "new primary", "06": "metastasis"}
@@ -189,7 +191,10 @@ def build_sheet(
 
 
 def find_slides(folder: Path) -> Found:
-    """Every slide below `folder`, by path. Links to folders are followed, each folder is entered once."""
+    """Every slide below `folder`, by path, but for what `gmmamba predict` wrote there: heat maps are no slides.
+
+    Links to folders are followed, each folder is entered once.
+    """
     if not folder.is_dir():
         raise SheetError(f"{folder} is not a folder")
     slides, unfinished, others = [], [], Counter[str]()
@@ -200,6 +205,11 @@ def find_slides(folder: Path) -> Found:
             folders.clear()
             continue
         entered.add((status.st_dev, status.st_ino))
+        if PREPARATION in files or set(files) >= PREDICTED:
+            if Path(parent) != folder:
+                folders.clear()
+                continue
+            folders[:] = [name for name in folders if name not in ("slides", "tiles", "features", "logs")]
         folders.sort()
         for name in sorted(files):
             path = Path(parent, name)

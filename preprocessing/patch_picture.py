@@ -24,10 +24,16 @@ log = logging.getLogger(__name__)
 
 
 def picture_patches(folder: Path) -> None:
-    """Write the picture of every slide of the folder; a slide that can no longer be read is warned of."""
+    """Write the picture of every slide of the folder; a slide that can no longer be read is warned of.
+
+    Folders without a tile record, left from other slides, are passed over.
+    """
     for asked in sorted(folder.glob("slides/*/patches.json")):
-        content = json.loads(asked.read_text(encoding="utf-8"))
-        record = json.loads((folder / "tiles" / f"{asked.parent.name}.json").read_text(encoding="utf-8"))
+        content, tiled = json.loads(asked.read_text(encoding="utf-8")), folder / "tiles" / f"{asked.parent.name}.json"
+        if not tiled.is_file():
+            log.warning("%s is of a slide that is not in %s: no picture of its patches", asked.parent, tiled.parent)
+            continue
+        record = json.loads(tiled.read_text(encoding="utf-8"))
         try:
             draw_patches(Path(content["path"]), record, content["rows"], asked.with_suffix(".jpg"))
         except (SlideError, OSError) as error:

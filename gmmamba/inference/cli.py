@@ -5,6 +5,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from gmmamba.arguments import cohort_file
+
 PIPELINE = ["gmmamba.inference.pipeline", "zarr"]
 MODELS = ["gmmamba.inference.model_file", "gmmamba.models.gmmamba", "gmmamba.models.scan_numba"]
 PREDICTING = ["gmmamba.inference.command", *MODELS, "zarr", "torch._inductor"]
@@ -32,6 +34,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--like", metavar="COHORT", help="whose tiling to follow, where the dataset's cohorts differ")
     sub.add_argument("--mpp", type=float, help="µm per pixel of level 0 of all slides whose row in a sheet gives none")
     sub.add_argument("--encoder-weights", type=Path, metavar="FILE", help="where they are now, if not where they were")
+    sub.add_argument("--reader", choices=["exact", "scaled", "openslide"], help="of slides, instead of the training's")
     sub.add_argument("--prepared", action="store_true", help="tiles and features are in the output folder already")
     sub.add_argument("--threads", type=int, help="readers and CPU threads, by default as encoding jobs have (8 or 1)")
     sub.add_argument("--quick", action="store_true", help="show attention alone: no contributions, no evidence")
@@ -44,15 +47,12 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--output", type=Path, required=True, help="CSV, a row a slide and run")
 
 
-def cohort_file(text: str) -> tuple[str, Path]:
-    """COHORT=FILE"""
-    cohort, _, path = text.partition("=")
-    return cohort, Path(path)
-
-
 def add_model(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", type=Path, help="folder of an experiment (all its runs), of one run, or a model file")
-    sub.add_argument("--runs", nargs="+", metavar="RUN", help="of the experiment these only, such as fold0_seed0")
+    sub.add_argument("--own-code", action="store_true", help="run the Python file that a model file names as encoder")
+    sub.add_argument(
+        "--runs", action="append", metavar="RUN", help="of the experiment this only, such as fold0_seed0; repeatable"
+    )
 
 
 def record_pipeline(options: argparse.Namespace) -> None:
@@ -65,7 +65,7 @@ def export_model(options: argparse.Namespace) -> None:
     from gmmamba.inference.model_file import export_model as run
     from gmmamba.inference.model_file import load_ensemble
 
-    run(load_ensemble(options.model, options.runs), options.output, options.with_encoder)
+    run(load_ensemble(options.model, options.runs, options.own_code), options.output, options.with_encoder)
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -73,7 +73,7 @@ def predict(options: argparse.Namespace) -> int:
 
     said, any_predicted = run(
         options.model, options.slides, options.output, options.runs, options.like, options.mpp, options.encoder_weights,
-        options.prepared, options.threads, options.quick, options.top,
+        options.prepared, options.threads, options.quick, options.top, options.reader, options.own_code,
     )  # fmt: skip
     print(said)
     return 0 if any_predicted or options.prepared else 1

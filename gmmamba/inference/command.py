@@ -25,6 +25,8 @@ def predict(
     threads: int | None = None,
     quick: bool = False,
     top: int = 8,
+    reader: str | None = None,
+    own_code: bool = False,
 ) -> tuple[str, bool]:
     """Predict the slides of `source` and write `output`; what to say of it, and whether any slide could be predicted.
 
@@ -32,17 +34,28 @@ def predict(
     µm per pixel of level 0.
     encoder_weights: the file of the encoder's weights, where it is not at the place that training had it. prepared:
     tiles and features of the slides are in `output` already. quick: attention is all that is shown.
+    reader: instead of the training's (`reading.reader`), for a machine that has not what that needs. own_code: a model
+    file may name Python files of this machine, which are then run.
     threads: readers of slides, and CPU threads of the networks; None is what encoding jobs have, 8 with a GPU, else 1.
     """
-    ensemble = load_ensemble(model, runs)
+    if prepared and reader is not None:
+        raise InferenceError("--reader says how slides are read, with --prepared none is: leave out one of the two")
+    ensemble = load_ensemble(model, runs, own_code)
     slides = list_slides(source, mpp)
     tiling = ensemble.pipeline.tiling_like(like, str(model))
     sha = ensemble.card["encoder_weights_sha256"]
     encoder = dict(ensemble.pipeline.encoder or {})
     if not prepared:
         encoder = {**encoder, "weights": _weights(encoder, sha, output, encoder_weights, ensemble.encoder_file)}
-    threads = threads or (8 if choose_device().type == "cuda" else 1)
-    preparation = Preparation(output, tiling, ensemble.pipeline.reading, encoder, sha, threads)
+    on_gpu = choose_device().type == "cuda"
+    reading = dict(ensemble.pipeline.reading) | ({} if reader is None else {"reader": reader})
+    if not prepared and reading.get("reader") == "nvjpeg" and not on_gpu:
+        raise InferenceError(
+            f"{model} was trained with reading.reader nvjpeg, which needs an NVIDIA GPU: give --reader scaled or exact,"
+            " whose pixels are nearly the same"
+        )
+    threads = threads or (8 if on_gpu else 1)
+    preparation = Preparation(output, tiling, reading, encoder, sha, threads)
     table = predict_slides(ensemble, slides, preparation, prepared, quick, top)
     predicted = table[table["status"] == "predicted"]
     lines = [f"{len(predicted)} of {len(table)} slides predicted by {len(ensemble.members)} models: {output}"]

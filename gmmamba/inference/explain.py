@@ -29,11 +29,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm import tqdm
 
 from gmmamba.models.bag import Bag, MILModel, MILOutput
 from gmmamba.models.gmmamba import GMMamba
 
 STEPS = 16  # points of the quadrature
+SLOW = 5.0  # seconds without an end after which evidence shows how far it is, inside the bar of slides
 TOGETHER = 1024  # patches whose evidence is found at once: memory grows with the square
 
 
@@ -119,7 +121,7 @@ def patch_evidence(model: MILModel, bag: Bag, target: int) -> NDArray[np.float64
         return _evidence_in_groups_of_one(model, bag, target)
     alone = bag.groups is not None
     found = []
-    for i in range(len(bag.features)):
+    for i in tqdm(range(len(bag.features)), "evidence", unit="patch", leave=False, disable=None, delay=SLOW):
         groups = torch.zeros(1, dtype=torch.long, device=bag.features.device) if alone else None
         found.append(
             log_odds(model(Bag(bag.features[i : i + 1], bag.coords[i : i + 1], groups)).logits.double(), target)
@@ -130,11 +132,13 @@ def patch_evidence(model: MILModel, bag: Bag, target: int) -> NDArray[np.float64
 def _evidence_in_groups_of_one(model: GMMamba, bag: Bag, target: int) -> NDArray[np.float64]:
     """A group is a sequence of its own: as many slides of one patch as fit go through the scans together."""
     found = []
-    for some in bag.features.split(TOGETHER):
-        rows, _ = model.imm(some, torch.ones(len(some), dtype=torch.long, device=some.device))
-        for row in rows.split(1):
-            logits, _ = model.cls(row if model.css is None else model.css(row)[0], row)
-            found.append(log_odds(logits.double(), target))
+    with tqdm(total=len(bag.features), desc="evidence", unit="patch", leave=False, disable=None, delay=SLOW) as bar:
+        for some in bag.features.split(TOGETHER):
+            rows, _ = model.imm(some, torch.ones(len(some), dtype=torch.long, device=some.device))
+            for row in rows.split(1):
+                logits, _ = model.cls(row if model.css is None else model.css(row)[0], row)
+                found.append(log_odds(logits.double(), target))
+                bar.update()
     return torch.stack(found).cpu().numpy()
 
 

@@ -1,7 +1,6 @@
 """localise: how well attention, contributions and evidence find known foci, slide by slide.
 
-Reads foci.csv, a row a focus: `slide_id, x, y, tile_px` (a square, its top-left corner) or `slide_id, x, y, radius_px`
-(a disc, its centre), level-0 pixels. Of an experiment's folder, or one run's, the test slides of every run are
+Reads foci.csv (gmmamba.foci). Of an experiment's folder, or one run's, the test slides of every run are
 measured, with their own class as the one that contributions are of; of a folder that `gmmamba predict` wrote, its
 slides, with the maps that are there.
 
@@ -13,7 +12,7 @@ is in foci. Slides without positives, or of nothing else, are left out.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
 from gmmamba.data import BagReader, load_bags
+from gmmamba.foci import Focus, read_foci
 from gmmamba.inference.explain import patch_contributions, patch_evidence
 from gmmamba.inference.model_file import run_folders
 from gmmamba.inference.pipeline import InferenceError
@@ -37,10 +37,7 @@ MAPS = ("attention", "contribution", "evidence")
 
 def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25) -> str:
     """Write the CSV, and return the means over slides in words. InferenceError where nothing can be measured."""
-    table = pd.read_csv(foci, dtype={"slide_id": str})
-    if not {"slide_id", "x", "y"} <= set(table) or not {"tile_px", "radius_px"} & set(table):
-        raise InferenceError(f"{foci} must have the columns slide_id, x, y and tile_px or radius_px, not {list(table)}")
-    of_slide = {str(slide_id): rows for slide_id, rows in table.groupby("slide_id")}
+    of_slide = read_foci(foci)
     of_predictions = (folder / "predictions.csv").is_file() and (folder / "slides").is_dir()
     maps = _of_predictions(folder, of_slide) if of_predictions else _of_runs(folder, of_slide)
     rows = []
@@ -63,18 +60,18 @@ def localise(folder: Path, foci: Path, output: Path, min_share: float = 0.25) ->
     return _summary(measured)
 
 
-def in_foci(coords: NDArray[np.int32], side: float, foci: pd.DataFrame) -> NDArray[np.float64]:
+def in_foci(coords: NDArray[np.int32], side: float, foci: Sequence[Focus]) -> NDArray[np.float64]:
     """The share (N,) of each patch's area that lies in foci. coords (N, 2), side: level-0 pixels."""
     steps = (np.arange(SAMPLES) + 0.5) / SAMPLES * side
     x = coords[:, 0, None, None] + steps[None, None, :]
     y = coords[:, 1, None, None] + steps[None, :, None]
     inside = np.zeros((len(coords), SAMPLES, SAMPLES), bool)
-    for focus in foci.to_dict("records"):
-        if "tile_px" in focus:
-            right, bottom = focus["x"] + focus["tile_px"], focus["y"] + focus["tile_px"]
-            inside |= (x >= focus["x"]) & (x < right) & (y >= focus["y"]) & (y < bottom)
+    for focus in foci:
+        if focus.kind == "side":
+            right, bottom = focus.x + focus.length, focus.y + focus.length
+            inside |= (x >= focus.x) & (x < right) & (y >= focus.y) & (y < bottom)
         else:
-            inside |= (x - focus["x"]) ** 2 + (y - focus["y"]) ** 2 < focus["radius_px"] ** 2
+            inside |= (x - focus.x) ** 2 + (y - focus.y) ** 2 < focus.length**2
     share: NDArray[np.float64] = inside.mean(axis=(1, 2))
     return share
 
@@ -94,7 +91,7 @@ def _in_groups(
 Measured = tuple[dict[str, Any], NDArray[np.int32], float, NDArray[np.int64] | None, dict[str, NDArray[np.float64]]]
 
 
-def _of_predictions(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measured]:
+def _of_predictions(folder: Path, foci: Mapping[str, Sequence[Focus]]) -> Iterator[Measured]:
     for slide_id in foci:
         file = folder / "slides" / slide_id / "patches.csv"
         if not file.is_file():
@@ -106,7 +103,7 @@ def _of_predictions(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[
         yield {"slide_id": slide_id}, table[["x", "y"]].to_numpy(np.int32), record["patch_px_level0"], groups, values
 
 
-def _of_runs(folder: Path, foci: Mapping[str, pd.DataFrame]) -> Iterator[Measured]:
+def _of_runs(folder: Path, foci: Mapping[str, Sequence[Focus]]) -> Iterator[Measured]:
     runs = run_folders(folder)
     if not runs:
         raise InferenceError(f"{folder} holds no trained model and no predictions: give results/DATASET/EXPERIMENT")

@@ -20,13 +20,17 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from gmmamba import __version__
+from gmmamba.cohort import SAFE_ID
 from gmmamba.inference.pipeline import InferenceError, Pipeline
 from gmmamba.models import create_model
 from gmmamba.models.bag import MILModel
 from slidestore.atomic import replace_when_whole
-from slidestore.settings import from_dict
+from slidestore.settings import from_dict, own_function
 
 FORMAT = 1
+CARD = (
+    "pipeline", "experiment", "dataset", "classes", "encoder", "encoder_weights_sha256", "in_dim", "members", "sha256",
+)  # fmt: skip
 ENCODER_BYTES = "encoder_weights"
 
 
@@ -68,13 +72,14 @@ class Ensemble:
         return self.card["experiment"]["grouping"]
 
 
-def load_ensemble(path: Path, only: Sequence[str] | None = None) -> Ensemble:
+def load_ensemble(path: Path, only: Sequence[str] | None = None, own_code: bool = False) -> Ensemble:
     """The models in an experiment's or a run's folder, or in a model file; `only` those of these names (fold0_seed0).
 
+    own_code: a model file, which may be from anybody, may name a Python file of this machine as its encoder.
     InferenceError for what is none of these, and for models that are not of one experiment.
     """
     if path.is_file():
-        return _from_file(path, only)
+        return _from_file(path, only, own_code)
     if not path.is_dir():
         raise InferenceError(f"{path} does not exist: give results/DATASET/EXPERIMENT, a run's folder in it, or a file")
     runs = run_folders(path)
@@ -186,7 +191,7 @@ def _encoder_bytes(ensemble: Ensemble) -> bytes:
     return content
 
 
-def _from_file(path: Path, only: Sequence[str] | None) -> Ensemble:
+def _from_file(path: Path, only: Sequence[str] | None, own_code: bool) -> Ensemble:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -198,10 +203,7 @@ def _from_file(path: Path, only: Sequence[str] | None) -> Ensemble:
             f"{path} does not describe itself: it is no file that `gmmamba export-model` wrote; of a run, give the"
             " folder instead"
         )
-    card = json.loads(metadata["gmmamba"])
-    if card["format"] != FORMAT:
-        raise InferenceError(f"{path} is of format {card['format']}, this program reads {FORMAT}: export it again")
-    pipeline = from_dict(Pipeline, card.pop("pipeline"), str(path))
+    card, pipeline = _described(path, metadata["gmmamba"], own_code)
     encoder = tensors.pop(ENCODER_BYTES, None)
     names = [f"fold{member['fold']}_seed{member['seed']}" for member in card["members"]]
     if only:
@@ -215,3 +217,35 @@ def _from_file(path: Path, only: Sequence[str] | None) -> Ensemble:
         if members[-1].sha256 != card["sha256"][members[-1].name]:
             raise InferenceError(f"{path}: the weights of {members[-1].name} are not those exported: export it again")
     return Ensemble(path, card, pipeline, members, None if encoder is None else encoder.numpy().tobytes())
+
+
+def _described(path: Path, text: str, own_code: bool) -> tuple[dict[str, Any], Pipeline]:
+    """The card and the pipeline of a model file. It may be from anybody: what it says must not reach out of --output,
+    nor run code of this machine. Raises InferenceError."""
+    try:
+        card = json.loads(text)
+    except ValueError as error:
+        raise InferenceError(f"{path} describes itself in what is no JSON ({error}): export the model again") from error
+    if not isinstance(card, dict) or "format" not in card:
+        raise InferenceError(f"{path} does not say of which format it is: export the model again")
+    if card["format"] != FORMAT:
+        raise InferenceError(f"{path} is of format {card['format']}, this program reads {FORMAT}: export it again")
+    if missing := [key for key in CARD if key not in card]:
+        raise InferenceError(f"{path} says nothing of {', '.join(missing)}: export the model again")
+    try:
+        pipeline = from_dict(Pipeline, card.pop("pipeline"), str(path))
+    except (ValueError, TypeError) as error:
+        raise InferenceError(f"{path}: {error}: export the model again") from error
+    encoder = pipeline.encoder or {}
+    for name in (card["encoder"], encoder.get("name", card["encoder"])):
+        if not SAFE_ID.fullmatch(str(name)):
+            raise InferenceError(
+                f"{path}: the encoder's name {name!r}, which becomes a folder's, must be made of letters, digits, '.',"
+                " '_' and '-'"
+            )
+    if not own_code and own_function(str(encoder.get("model", ""))):
+        raise InferenceError(
+            f"{path} takes its encoder from a Python file, {encoder['model']}, which would run here: look into that"
+            " file, and allow it with --own-code"
+        )
+    return card, pipeline

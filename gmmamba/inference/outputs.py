@@ -249,6 +249,7 @@ def _record(
         "encoder": {**preparation.encoder, "weights_sha256": attributes.encoder_weights_sha256},
         "tiling": dict(preparation.tiling),
         "reading": dict(preparation.reading),
+        "reading_in_training": dict(ensemble.pipeline.reading),
         "versions": {"gmmamba": __version__, "features_by": attributes.created_by, "torch": torch.__version__,
                      "numpy": np.__version__},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -12,15 +12,10 @@ from matplotlib.colors import LinearSegmentedColormap
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from gmmamba.figures import OKABE_ITO
+from gmmamba.figures import GROUP_COLOURS
 
 VIRIDIS = mpl.colormaps["viridis"]
 DIVERGING = LinearSegmentedColormap.from_list("blue-white-orange", ["#0072B2", "#FFFFFF", "#D55E00"])
-GROUP_COLOURS = [
-    tuple(round(255 * channel * shade) for channel in mpl.colors.to_rgb(colour))
-    for shade in (1.0, 0.5)
-    for colour in OKABE_ITO
-]
 BAND, MARGIN = 46, 12  # px below a picture for its scale
 
 
@@ -41,7 +36,7 @@ def _rgb(rgba: NDArray[np.float64]) -> NDArray[np.uint8]:
 
 
 def group_colour(label: int) -> tuple[int, int, int]:
-    red, green, blue = GROUP_COLOURS[label % len(GROUP_COLOURS)]
+    red, green, blue = GROUP_COLOURS[label % len(GROUP_COLOURS)].tolist()
     return red, green, blue
 
 

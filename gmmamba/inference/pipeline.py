@@ -66,19 +66,14 @@ def record_pipeline(
     """Write pipeline.json of an experiment.
 
     settings: `tiling` (by cohort), `reading`, `encoder`, as the config resolves them. models: the folders of its runs.
-    Raises InferenceError where a store of the dataset is not of these settings, or not what a model was trained on.
+    Slides may have a tiling of their own in the sheet; new ones follow their cohort's. Raises InferenceError where a
+    store of the dataset is not what a model was trained on.
     """
     cards = {folder: json.loads((folder / "model.json").read_text()) for folder in models}
     marks = []
     table = read_slide_tables(slide_tables)
     for row in table[table["status"] == "ready"].to_dict("records"):
         attributes = open_store(Path(row["store"])).attributes
-        tiling = settings["tiling"].get(attributes.cohort)
-        if tiling and (attributes.patch_px, attributes.mpp) != (tiling["patch_px"], tiling["mpp"]):
-            raise InferenceError(
-                f"{row['store']} has patches of {attributes.patch_px} px at {attributes.mpp} µm/px, the config says"
-                f" {tiling['patch_px']} px at {tiling['mpp']}: let Snakemake make it anew"
-            )
         for folder, card in cards.items():
             if attributes.encoder_weights_sha256 != card["encoder_weights_sha256"]:
                 raise InferenceError(f"{folder} was not trained on the features in {row['store']}: train it anew")

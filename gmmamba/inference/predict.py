@@ -84,7 +84,8 @@ def predict_slides(
 
     prepared: whether tiles and features are in preparation.output already. quick: attention alone is shown, no
     contributions and no evidence. top: patches of the picture with the highest and lowest, each. Raises
-    InferenceError for labels and features that are not of this model; a slide that cannot be read costs itself.
+    InferenceError for labels and features that are not of this model, before anything is predicted; a slide that
+    cannot be read, or errs, costs itself. If all err, the first error is raised when the tables are written.
     """
     classes = ensemble.classes
     for slide in slides:
@@ -98,24 +99,35 @@ def predict_slides(
     make_repeatable(ensemble.members[0].seed, preparation.threads)
     for member in ensemble.members:
         member.model.to(device)
-    rows, of_members = [], []
+    for slide in slides:
+        if slide.slide_id not in problems:
+            store, record = _open(ensemble, preparation, slide)
+            if (failure := _failure(store)) is not None:
+                problems[slide.slide_id] = failure
+            else:
+                check_features(ensemble, store, record, preparation.tiling)
+    for old in preparation.output.glob("slides/*/patches.csv"):  # of an earlier run, perhaps by another model
+        shutil.rmtree(old.parent)
+    rows, of_members, errors = [], [], []
     for slide in tqdm(slides, "predicting", unit="slide", disable=None):
-        problem = problems.get(slide.slide_id)
-        row: dict[str, Any] = {"slide_id": slide.slide_id, "path": slide.path, "status": "failed", "reason": problem}
-        if problem is None:
-            store = open_store(preparation.store(slide.slide_id), ensemble.card["encoder"])
-            record = json.loads(preparation.tiles(slide.slide_id, ".json").read_text(encoding="utf-8"))
-            row["reason"] = _failure(store)
-        if row["reason"] is None:
-            check_features(ensemble, store, record, preparation.tiling)
+        reason = problems.get(slide.slide_id)
+        row: dict[str, Any] = {"slide_id": slide.slide_id, "path": slide.path, "status": "failed", "reason": reason}
+        rows.append(row)
+        if reason is not None:
+            continue
+        folder = preparation.output / "slides" / slide.slide_id
+        try:
+            store, record = _open(ensemble, preparation, slide)
             found = predict_slide(ensemble, slide, store, preparation, device, quick)
-            folder = preparation.output / "slides" / slide.slide_id
             write_slide(folder, found, ensemble, preparation, record, device, top)
+        except Exception as error:  # whatever it is: the other slides' hours of work are not lost for it
+            log.warning("slide %s", slide.slide_id, exc_info=True)
+            row["reason"] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            errors.append(error)
+            shutil.rmtree(folder, ignore_errors=True)
+        else:
             row |= {"status": "predicted", **_row(found, ensemble, record)}
             of_members += _member_rows(found, ensemble)
-        else:
-            shutil.rmtree(preparation.output / "slides" / slide.slide_id, ignore_errors=True)  # of an earlier run
-        rows.append(row)
     if not prepared and (problem := preparation.picture_patches()) is not None:
         log.warning("the pictures of patches: %s", problem)
     columns = ["slide_id", "path", "status", "reason", *(["true"] if any(slide.label for slide in slides) else [])]
@@ -126,7 +138,15 @@ def predict_slides(
         pd.DataFrame(of_members, columns=names).to_csv(part, index=False)
     with replace_when_whole(preparation.output / "predictions.csv") as part:
         table.astype({"models": "Int64", "n_patches": "Int64"}).to_csv(part, index=False)
+    if errors and not of_members:
+        raise errors[0]
     return table
+
+
+def _open(ensemble: Ensemble, preparation: Preparation, slide: Slide) -> tuple[SlideStore, dict[str, Any]]:
+    """The features of a slide and its tile record."""
+    store = open_store(preparation.store(slide.slide_id), ensemble.card["encoder"])
+    return store, json.loads(preparation.tiles(slide.slide_id, ".json").read_text(encoding="utf-8"))
 
 
 def _failure(store: SlideStore) -> str | None:

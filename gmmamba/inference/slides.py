@@ -21,17 +21,22 @@ import pandas as pd
 from tqdm import tqdm
 
 from gmmamba.cohort import MASK_SUFFIXES, SAFE_ID, Slide
-from gmmamba.sheets import SLIDE_SUFFIXES, find_slides, safe_ids
+from gmmamba.sheets import PREPARATION, SLIDE_SUFFIXES, find_slides, safe_ids
 from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
 from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[2]
+COHORT = "new"  # in the records of what is prepared here
 COORDS_AND_RECORD = {"coords": ".npy", "record": ".json"}
 
 
 class SlidesError(StoreError):
     """Slides that cannot be listed or prepared; the message names what, and the remedy."""
+
+
+class NoSlidesError(SlidesError):
+    """A folder in which there is no slide."""
 
 
 def list_slides(source: Path, mpp: float | None = None) -> list[Slide]:
@@ -52,7 +57,7 @@ def list_slides(source: Path, mpp: float | None = None) -> list[Slide]:
     else:
         paths = [source]
     if not paths:
-        raise SlidesError(f"{source} holds no slide ({', '.join(SLIDE_SUFFIXES)}, or folders of .dcm files)")
+        raise NoSlidesError(f"{source} holds no slide ({', '.join(SLIDE_SUFFIXES)}, or folders of .dcm files)")
     ids = safe_ids([path.name for path in paths])
     return [_slide(name, path, mpp, "config") for name, path in zip(ids, paths, strict=True)]
 
@@ -121,14 +126,29 @@ class Preparation:
     def store(self, slide_id: str) -> Path:
         return self.output / "features" / self.encoder["name"] / f"{slide_id}.zarr.zip"
 
-    def _begin(self) -> None:
-        """Forget the tiles and features that are here from other settings."""
-        settings = {"tiling": self.tiling, "reading": self.reading, "encoder": self.encoder}
-        path, text = self.output / "preparation.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
-        if path.is_file() and path.read_text() == text:
+    def begin(self) -> None:
+        """Forget the tiles and features that are here from other settings.
+
+        Raises SlidesError for a folder of somebody else's, such as results/COHORT: what is in it may be days of work.
+        """
+        # The weights by content, not by path: the same file elsewhere makes the same features.
+        encoder = {**self.encoder, "weights": self.encoder_sha256}
+        settings = {"tiling": self.tiling, "reading": self.reading, "encoder": encoder}
+        path, text = self.output / PREPARATION, json.dumps(settings, indent=2, sort_keys=True) + "\n"
+        tiles = [*self.output.glob("tiles/*.json")]
+        if not path.is_file():
+            if tiles or any(self.output.glob("features/*/*.zarr.zip")):
+                raise SlidesError(
+                    f"{self.output} holds tiles or features that predict did not make: choose another --output"
+                )
+        elif path.read_text() == text:
             return
-        for old in [*self.output.glob("tiles/*.json"), *self.output.glob("features/*/*.zarr.zip")]:
-            old.unlink()
+        for store in self.output.glob(f"features/{self.encoder['name']}/*.zarr.zip"):
+            if _cohort_of(store) == COHORT:
+                store.unlink()
+        for record in tiles:
+            if json.loads(record.read_text(encoding="utf-8"))["cohort"] == COHORT:
+                record.unlink()
         with replace_when_whole(path) as part:
             part.write_text(text)
 
@@ -137,7 +157,7 @@ class Preparation:
 
         Raises SlidesError where it is the encoder that cannot be used: no slide will do better.
         """
-        self._begin()
+        self.begin()
         problems = {}
         for slide in tqdm(slides, "tiling", unit="slide", disable=None):
             if (problem := self._tile(slide)) is not None:
@@ -148,12 +168,14 @@ class Preparation:
         for some in (waiting[:1], waiting[1:]):
             if not some:
                 continue
-            said = self._encode(some)
+            status, said = self._encode(some)
             for slide in some:
                 store = self.store(slide.slide_id)
                 if not store.is_file():
-                    if said.startswith("ValueError: ") and some == waiting[:1]:
-                        raise SlidesError(said.removeprefix("ValueError: "))
+                    if status and some == waiting[:1]:
+                        raise SlidesError(
+                            said.removeprefix("ValueError: ").replace("set reading.reader to", "give --reader")
+                        )
                     problems[slide.slide_id] = said
                 elif (failure := open_store(store).attributes.failure) is not None:
                     problems[slide.slide_id] = failure["reason"]
@@ -179,17 +201,17 @@ class Preparation:
                 for place, suffix in {"coords": ".npy", "record": ".json", "thumbnail": ".thumbnail.jpg",
                                       "mask": ".mask.png", "contours": ".geojson"}.items()
             ]  # fmt: skip
-            given = [f"--slide={slide.path}", "--slide-id", name, "--cohort", "new", *scale, *mask]
+            given = [f"--slide={slide.path}", "--slide-id", name, "--cohort", COHORT, *scale, *mask]
             with self._running("tile", name, [*given, "--settings", json.dumps(dict(self.tiling)), *places]) as run:
                 if run.wait():
-                    return self._last_line("tile", name)
+                    return self._reason("tile", name, run.returncode)
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["status"] == "ok":
             return None
-        return str(found["reason"]).replace("set cohorts.new.mpp", "give --mpp")
+        return str(found["reason"]).replace(f"set cohorts.{COHORT}.mpp", "give --mpp")
 
-    def _encode(self, slides: Sequence[Slide]) -> str:
-        """Encode tiled slides in one process; the last line that it said."""
+    def _encode(self, slides: Sequence[Slide]) -> tuple[int, str]:
+        """Encode tiled slides in one process; its exit status, and why slides have no store if they have none."""
         jobs = []
         for slide in slides:
             self.store(slide.slide_id).unlink(missing_ok=True)
@@ -211,12 +233,12 @@ class Preparation:
                     bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
                 else:
                     bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
-                    return self._last_line("encode", "all")
+                    return run.returncode, self._reason("encode", "all", run.returncode)
 
     def picture_patches(self) -> str | None:
         """Have the pictures made of the patches that the predictions in `output` name; what went wrong, if it did."""
         with self._running("picture-patches", "all", [f"--predictions={self.output}"]) as run:
-            return self._last_line("picture-patches", "all") if run.wait() else None
+            return self._reason("picture-patches", "all", run.returncode) if run.wait() else None
 
     def _is_tiled(self, slide: Slide) -> bool:
         record = self.tiles(slide.slide_id, ".json")
@@ -258,6 +280,18 @@ class Preparation:
     def _log(self, stage: str, name: str) -> Path:
         return self.output / "logs" / stage / f"{name}.log"
 
-    def _last_line(self, stage: str, name: str) -> str:
-        lines = [line for line in self._log(stage, name).read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else f"{stage} ended without a word: {self._log(stage, name)}"
+    def _reason(self, stage: str, name: str, status: int) -> str:
+        """Why a stage made nothing: the error that it ended with, or, where it was killed, that, and its log."""
+        log = self._log(stage, name)
+        lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        if status > 0 and lines and lines[-1].startswith("ValueError: "):  # what a user can mend
+            return lines[-1]
+        return f"{stage} ended with exit status {status}, see {log}"
+
+
+def _cohort_of(store: Path) -> str | None:
+    """None of a store that cannot be read: its slide is encoded again in any case."""
+    try:
+        return open_store(store).attributes.cohort
+    except StoreError:
+        return None

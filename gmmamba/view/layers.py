@@ -3,7 +3,6 @@
 N patches of a slide, in the order of its store.
 """
 
-import csv
 import io
 import json
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from gmmamba.figures import GROUP_COLOURS, HEAT
+from gmmamba.foci import read_foci as foci_of_slides
 from gmmamba.view.dataset import ListedSlide, Tested
 from slidestore import StoreError, open_store
 from slidestore.groups import read_groups
@@ -145,16 +145,9 @@ def read_outlines(slide: ListedSlide) -> list[list[list[list[float]]]]:
 def read_foci(slide: ListedSlide) -> list[dict[str, Any]]:
     """The foci of a slide: circles (x, y, radius) and squares (x, y, side; top-left corner), level-0 pixels.
 
-    From foci.csv: `slide_id, x, y` and radius_px (x, y is then the centre), or tile_px and class.
+    From foci.csv (gmmamba.foci).
     """
     if not slide.foci.is_file():
         return []
-    foci = []
-    with slide.foci.open(newline="", encoding="utf-8-sig") as file:
-        for row in csv.DictReader(file):
-            if row["slide_id"] != slide.slide_id:
-                continue
-            kind, length = ("radius", row["radius_px"]) if row.get("radius_px") else ("side", row["tile_px"])
-            place = {"x": float(row["x"]), "y": float(row["y"]), kind: float(length)}
-            foci.append(place | {"class": row.get("class") or ""})
-    return foci
+    foci = foci_of_slides(slide.foci).get(slide.slide_id, [])
+    return [{"x": focus.x, "y": focus.y, focus.kind: focus.length, "class": focus.label} for focus in foci]

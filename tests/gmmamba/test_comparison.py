@@ -174,6 +174,14 @@ def test_every_pair_stands_in_comparisons_csv(tmp_path: Path) -> None:
     assert "| -0." in page[3]
 
 
+def test_a_named_run_swallows_no_experiment_after_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, "one", 1.0)
+    runs = ["--runs", "fold0_seed0", "--runs", "fold1_seed0"]
+    assert main(["compare", *runs, str(tmp_path), "one", "--output", str(tmp_path / "c.csv")]) == 0, capsys.readouterr()
+    assert main(["compare", "--runs", "fold9_seed0", str(tmp_path), "one"]) == 1
+    assert "one/fold9_seed0/predictions.csv does not exist" in capsys.readouterr().err
+
+
 def test_the_runs_that_are_compared_are_those_shared_or_those_named(tmp_path: Path) -> None:
     write_runs(tmp_path, "one", 1.0)
     write_runs(tmp_path, "two", 1.0, seeds=2)

@@ -2,24 +2,23 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import shapely
 import tifffile
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gmmamba.inference.explain import group_contributions, log_odds, patch_contributions, patch_evidence
-from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.model_file import Ensemble, export_model, load_ensemble
 from gmmamba.inference.ome import PER_PATCH, raster, write_ome
 from gmmamba.inference.pipeline import InferenceError, record_pipeline
 from gmmamba.inference.qupath import collection, feature, group_outlines
-from gmmamba.inference.slides import SlidesError, list_slides
 from gmmamba.models import MODELS, create_model
 from gmmamba.models.bag import Bag
 from gmmamba.splits import SplitSettings, split_dataset
@@ -184,8 +183,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiling = {"patch_px": 224, "mpp": 0.5}
     pipeline = {"tiling": {"synthetic": tiling}, "reading": {}, "encoder": {"name": "tiny", "weights": "random"}}
     record_pipeline(pipeline, tables, [home / "fold0_seed0", home / "fold1_seed0"], home / "pipeline.json")
-    with pytest.raises(InferenceError, match=r"patches of 224 px at 0.5 µm/px, the config says 224 px at 1.0"):
-        record_pipeline(pipeline | {"tiling": {"synthetic": {**tiling, "mpp": 1.0}}}, tables, [], home / "no.json")
     return home
 
 
@@ -264,73 +261,26 @@ def test_what_is_no_model_is_refused_in_one_line(trained: Path, tmp_path: Path) 
     refused(copy, "not those of the model it describes")
 
 
-# Slides -----------------------------------------------------------------------------------------------------------
+def test_a_model_file_from_anybody_reaches_no_path_and_runs_no_code(trained: Path, tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    export_model(load_ensemble(trained), path)
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        card = json.loads(file.metadata()["gmmamba"])
 
+    def refused(message: str, text: str | None = None, encoder: dict[str, str] | None = None, **changes: Any) -> None:
+        pipeline = card["pipeline"] | ({} if encoder is None else {"encoder": card["pipeline"]["encoder"] | encoder})
+        save_file(tensors, path, {"gmmamba": text or json.dumps(card | {"pipeline": pipeline} | changes)})
+        with pytest.raises(InferenceError, match=message) as error:
+            load_ensemble(path)
+        assert "\n" not in str(error.value)
 
-def test_slides_of_a_folder_a_sheet_and_a_file(tmp_path: Path) -> None:
-    for name in ("b.svs", "sub/a (1).tif", "dicom/0.dcm", "dicom/1.dcm", "notes.txt"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = {slide.slide_id: slide.path for slide in list_slides(tmp_path)}
-    assert found == {"b": tmp_path / "b.svs", "dicom": tmp_path / "dicom", "a_1": tmp_path / "sub/a (1).tif"}
-    assert [slide.slide_id for slide in list_slides(tmp_path / "b.svs", 0.25)] == ["b"]
-    sheet = tmp_path / "s.csv"
-    sheet.write_text("path,slide_id,mpp,label,exclude\nb.svs,,0.5,tumour,\ndicom,d,,normal,\nsub,,,,torn\n")
-    rows = [(s.slide_id, s.mpp, s.mpp_source, s.label) for s in list_slides(sheet, 0.25)]
-    assert rows == [("b", 0.5, "sheet", "tumour"), ("d", 0.25, "config", "normal")]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("slide_id\na\n", "no column 'path'"),
-        ("path\n", "it lists no slide"),
-        ("path,slide_id\nx.svs,a\nx.svs,a\n", "line 2: slide a: no such file: .*line 3: slide_id 'a' stands in line 2"),
-        ("path,mpp\ns.csv,big\n", "line 2: mpp or magnification of slide s.csv is not a number"),
-    ],
-)
-def test_bad_sheets_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "s.csv").write_text(text)
-    with pytest.raises(SlidesError, match=message):
-        list_slides(tmp_path / "s.csv")
-
-
-def test_nothing_to_predict_is_said(tmp_path: Path) -> None:
-    with pytest.raises(SlidesError, match="holds no slide"):
-        list_slides(tmp_path)
-    with pytest.raises(SlidesError, match="does not exist"):
-        list_slides(tmp_path / "none")
-
-
-# Localisation -----------------------------------------------------------------------------------------------------
-
-
-def test_the_share_of_a_patch_in_foci() -> None:
-    coords = np.array([[0, 0], [100, 0], [200, 0]], np.int32)
-    squares = pd.DataFrame({"x": [0, 150], "y": [0, 0], "tile_px": [100, 100]})
-    assert in_foci(coords, 100.0, squares).tolist() == [1, 0.5, 0.5]
-    disc = pd.DataFrame({"x": [50], "y": [50], "radius_px": [40]})
-    assert in_foci(coords, 100.0, disc) == pytest.approx([np.pi * 0.16, 0, 0], abs=0.02)
-
-
-def test_localisation_of_predictions(tmp_path: Path) -> None:
-    """Attention that ranks the foci first is 1, its reverse 0; slides without foci are left out."""
-    for slide_id, sign in (("a", 1), ("b", -1), ("c", 1)):
-        (tmp_path / "slides" / slide_id).mkdir(parents=True)
-        patches = pd.DataFrame({"x": [0, 100, 200], "y": 0, "group": [0, 0, 1]})
-        patches["attention"] = np.array([3, 2, 1.0]) * sign
-        patches.to_csv(tmp_path / "slides" / slide_id / "patches.csv", index=False)
-        (tmp_path / "tiles").mkdir(exist_ok=True)
-        (tmp_path / "tiles" / f"{slide_id}.json").write_text('{"patch_px_level0": 100.0}')
-    (tmp_path / "predictions.csv").touch()
-    (tmp_path / "foci.csv").write_text("slide_id,x,y,tile_px,class\na,0,0,100,T\nb,0,0,100,T\n")
-    said = localise(tmp_path, tmp_path / "foci.csv", tmp_path / "l.csv")
-    assert "attention    AUROC 0.500" in said
-    table = pd.read_csv(tmp_path / "l.csv", index_col="slide_id")
-    assert table.attention_auroc.to_dict() == {"a": 1, "b": 0}
-    assert table.attention_top.to_dict() == {"a": True, "b": False}
-    assert table.attention_group_top.to_dict() == {"a": 1, "b": 0}
-    assert (table.group_chance == 0.5).all()
-    (tmp_path / "foci.csv").write_text("slide_id,x,y,tile_px,class\nz,0,0,100,T\n")
-    with pytest.raises(InferenceError, match="no focus in a slide of"):
-        localise(tmp_path, tmp_path / "foci.csv", tmp_path / "l.csv")
+    for name in ("/tmp/x", "../x", ".."):
+        refused("which becomes a folder's, must be made of letters", encoder={"name": name})
+    refused("no JSON", "nojson")
+    refused("does not say of which format", "{}")
+    refused("does not say of which format", "[1]")
+    refused("says nothing of pipeline, experiment, dataset, classes", '{"format": 1}')
+    refused("unknown key", pipeline=card["pipeline"] | {"tilling": {}})
+    refused("which would run here: .* allow it with --own-code", encoder={"model": "mine.py:f"})
+    assert load_ensemble(path, own_code=True).pipeline.encoder["model"] == "mine.py:f"  # type: ignore[index]

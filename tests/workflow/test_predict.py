@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import shapely
 import tifffile
+import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
@@ -21,7 +22,7 @@ from gmmamba.config import ConfigError, load_config
 from gmmamba.evaluation import read_predictions
 from slidestore import open_store
 from tests.slides import tissue, write_aperio
-from tests.workflow.test_workflow import FILES, edit, plan, snakemake, write_cohort
+from tests.workflow.test_workflow import FILES, add_columns, edit, plan, snakemake, write_cohort
 
 COHORT = [f"s{i}" for i in range(8)]
 CONFIG = {
@@ -41,6 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained project, and of two new slides, a broken one and one without mpp the predictions."""
     project = tmp_path_factory.mktemp("predicted")
     write_cohort(project / "a", COHORT)
+    add_columns(project / "a/slides.csv", "s7", **{"tiling.mpp": "1.0"})  # new slides follow the cohort all the same
     for i in range(2):
         write_aperio(project / f"new/n {i}.tif", tissue(512, 448, seed=100 + i, dark=bool(i)))
     (project / "new/broken.svs").write_bytes((project / "new/n 0.tif").read_bytes()[:3000])
@@ -180,10 +182,62 @@ def test_one_more_slide_and_another_model(project: Path) -> None:
     assert not any("cohort=fresh" in job for job in plan(project))
 
 
+def test_a_slide_that_errs_costs_itself_and_no_map_of_an_earlier_run_stays(project: Path, gmmamba: Command) -> None:
+    fresh = ("--prepared", "--output", "results/fresh", "--quick")
+    left = project / "results/fresh/slides/left"
+    shutil.copytree(project / "results/fresh/slides/n_0", left)
+    (project / "results/fresh/tiles/n_1.thumbnail.jpg").unlink()
+    said = gmmamba(project, "predict", "results/d/gmmamba", "--runs", "fold0_seed0", "new", *fresh)
+    assert said.status == 0, said.err
+    table = pd.read_csv(project / "results/fresh/predictions.csv", index_col="slide_id")
+    assert table.status.to_dict() == {"blind": "failed", "broken": "failed", "n_0": "predicted", "n_1": "failed"}
+    assert table.reason["n_1"].startswith("FileNotFoundError: ")
+    assert "n_1.thumbnail.jpg" in table.reason["n_1"]
+    assert table.models["n_0"] == 1
+    assert [path.name for path in (project / "results/fresh/slides").iterdir()] == ["n_0"]
+    (project / "results/fresh/tiles/n_0.thumbnail.jpg").unlink()
+    refused_by = gmmamba(project, "predict", "results/d/gmmamba", "new", *fresh)
+    assert refused_by.status == 1  # none could be predicted
+    table = pd.read_csv(project / "results/fresh/predictions.csv")
+    assert (table.status == "failed").all()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, nvjpeg can be used")
+def test_another_reader_where_there_is_no_gpu(project: Path, gmmamba: Command) -> None:
+    path = project / "results/d/gmmamba/pipeline.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"reading": {"reader": "nvjpeg"}}))
+    asked = ("predict", "results/d/gmmamba", "new/n 0.tif", "--output", "new/out", "--quick")
+    refused(gmmamba(project, *asked), "needs an NVIDIA GPU: give --reader scaled or exact")
+    refused(gmmamba(project, *asked, "--prepared", "--reader", "exact"), "leave out one of the two")
+    said = gmmamba(project, *asked, "--reader", "scaled")
+    assert said.status == 0, said.err
+    record = json.loads((project / "new/out/slides/n_0/record.json").read_text())
+    assert (record["reading"], record["reading_in_training"]) == ({"reader": "scaled"}, {"reader": "nvjpeg"})
+
+
+def test_an_emptied_folder_is_no_work(project: Path) -> None:
+    shutil.rmtree(project / "new")
+    (project / "new").mkdir()
+    assert plan(project) == set()
+    said = "predictions.fresh: new holds no slide"
+    run = snakemake(project, "-n")
+    assert any(
+        line.startswith(said) and line.endswith("nothing is predicted of it") for line in run.stderr.splitlines()
+    )
+
+
 def test_what_does_not_go_together_is_refused_in_one_line(project: Path, tmp_path: Path, gmmamba: Command) -> None:
     home, fresh = project / "results/d/gmmamba", ("--prepared", "--output", "results/fresh")
     (tmp_path / "empty").mkdir()
     refused(gmmamba(project, "predict", "results/d/none", "new", *fresh), "results/d/none does not exist")
+    refused(
+        gmmamba(project, "predict", "results/d/gmmamba", "--runs", "fold7_seed0", "new", *fresh), "has no fold7_seed0"
+    )
+    files = sorted(project.glob("results/*/features/tiny/*.zarr.zip"))
+    for folder in ("a", "fresh"):  # made by Snakemake
+        asked = ("predict", "results/d/gmmamba", "new", "--output", f"results/{folder}")
+        refused(gmmamba(project, *asked), "holds tiles or features that predict did not make: choose another --output")
+    assert sorted(project.glob("results/*/features/tiny/*.zarr.zip")) == files
     refused(gmmamba(project, "predict", "results/d/gmmamba", tmp_path / "empty", *fresh), "holds no slide")
     refused(gmmamba(project, "predict", "results/d/gmmamba", "new", *fresh, "--like", "b"), "knows no cohort 'b'")
     (project / "labelled.csv").write_text("path,label\nnew/n 0.tif,cancer\n")

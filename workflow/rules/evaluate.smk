@@ -36,8 +36,8 @@ rule compare:
         folder=output_folder,
         experiments=experiment_names,
         settings=evaluation_settings,
-        runs=run_names,
+        runs=run_options,
         code=code_digest("gmmamba.comparison"),
     shell:
         "python -m gmmamba compare {params.folder} {params.experiments} --settings {params.settings:q}"
-        " --runs {params.runs} --output {output} > {log} 2>&1"
+        " {params.runs} --output {output} > {log} 2>&1"

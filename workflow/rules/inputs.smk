@@ -252,9 +252,9 @@ def dataset_predictions(wildcards):
     return [file for name in experiment_names(wildcards) for file in runs(wildcards.dataset, name, "predictions.csv")]
 
 
-def run_names(wildcards):
+def run_options(wildcards):
     dataset = CONFIG.datasets[wildcards.dataset]
-    return expand("fold{fold}_seed{seed}", fold=dataset.folds, seed=dataset.seeds)
+    return expand("--runs fold{fold}_seed{seed}", fold=dataset.folds, seed=dataset.seeds)
 
 
 def evaluation_settings(wildcards):
@@ -371,7 +371,7 @@ def new_stores(wildcards):
 
 def new_slides_options(wildcards):
     new = new_slides(wildcards)
-    runs = ["--runs", *(Path(folder).name for folder in run_folders(new.dataset, new.experiment))]
+    runs = [word for folder in run_folders(new.dataset, new.experiment) for word in ("--runs", Path(folder).name)]
     mpp = [] if new.mpp is None else ["--mpp", repr(new.mpp)]
     return [f"results/{new.dataset}/{new.experiment}", str(new.source), *runs, "--like", new.like, *mpp]
 
