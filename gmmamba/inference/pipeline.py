@@ -75,7 +75,7 @@ def record_pipeline(
     for row in table[table["status"] == "ready"].to_dict("records"):
         attributes = open_store(Path(row["store"])).attributes
         for folder, card in cards.items():
-            if attributes.encoder_weights_sha256 != card["encoder_weights_sha256"]:
+            if (attributes.encoder_weights_sha256 or "") != card["encoder_weights_sha256"]:  # "": imported, not known
                 raise InferenceError(f"{folder} was not trained on the features in {row['store']}: train it anew")
         marks.append(slide_mark(attributes.source))
     known = {name: settings[name] for name in ("tiling", "reading", "encoder")}

@@ -182,7 +182,7 @@ def test_jobs_out_of_memory_or_time_are_reported_and_a_rerun_goes_on(
     assert logs
     assert Path(logs[-1]).exists()
     tiles = {name: digest for name, digest in outputs(project).items() if "/tiles/" in name}
-    assert len(tiles) == 4 * len(SLIDES)
+    assert len(tiles) == 5 * len(SLIDES)
 
     little_time = scarce_profile(project, "little-time", train={"runtime": 1})
     output = finish(start(profile=little_time), expect=1)

@@ -140,7 +140,8 @@ def test_other_patches_fail_the_encoder_that_has_not_got_them(project: Path) -> 
 
 def test_an_experiment_runs_no_import(project: Path) -> None:
     edit(project, lambda c: c["experiments"]["gmmamba"].update(training={"learning_rate": 0.01}))
-    assert {job.split()[0] for job in plan(project)} == {"train", "predict", "evaluate", "report"}
+    training = {"train", "record_pipeline", "predict", "evaluate", "compare", "report"}
+    assert {job.split()[0] for job in plan(project)} == training
 
 
 def test_a_missing_file_stops_before_any_job(project: Path) -> None:

@@ -61,7 +61,7 @@ rule picture_patches:
         mem_mb=growing(2000),
         runtime=growing(60),
     params:
-        folder="results/{prediction}",
+        folder=output_folder,
         code=code_digest("preprocessing.patch_picture"),
     shell:
         "python -m preprocessing picture-patches --predictions {params.folder} > {log} 2>&1"
