@@ -5,7 +5,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preprocessing.grid import lay_grid
@@ -32,6 +32,7 @@ def choose(size: tuple[int, int], mpp: float, settings: TilingSettings, mask: np
     cap=st.integers(1, 40),
     seed=st.integers(0, 9),
 )
+@example((20, 375), 0.5410741447321209, 0.5410741447321209, 32, 0.53125, 1, 0)
 def test_whatever_the_slide(
     size: tuple[int, int], mpp: float, target: float, patch_px: int, overlap: float, cap: int, seed: int
 ) -> None:
@@ -51,7 +52,9 @@ def test_whatever_the_slide(
         np.testing.assert_array_equal(found, found[np.lexsort((found[:, 0], found[:, 1]))])  # row-major
         assert number["kept"] == len(found)
         assert number["grid"] == len(found) + sum(number[reason] for reason in REASONS)
-        assert number["grid"] == np.prod([np.ceil(length / step) for length in size])
+        # Where a length is a multiple of the step, a rounding error decides whether one more begins at its very end.
+        fewest, most = (np.prod([np.ceil(length / step / k) for length in size]) for k in (1 + 1e-9, 1 - 1e-9))
+        assert fewest <= number["grid"] <= most
     assert len(few) == min(cap, len(coords))
     assert set(map(tuple, few)) <= set(map(tuple, coords))
     np.testing.assert_array_equal(few, choose(size, mpp, capped, mask & ~ink, ink)[0])
