@@ -52,6 +52,22 @@ def test_what_needs_no_torch_does_not_import_it(module: str) -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def test_planning_needs_no_more_than_snakemake_s_own_environment_has() -> None:
+    """envs/snakemake.yaml: what the rules import of ours must load there."""
+    absent = "torch torchvision timm zarr h5py numba openslide cv2 shapely tifffile PIL matplotlib jinja2 tqdm"
+    code = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {set(absent.split())!r}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Absent())
+import gmmamba.config, gmmamba.fingerprint, gmmamba.models, gmmamba.table_rows
+import slidestore.settings, slidestore.warm_start
+"""
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
 def test_no_file_is_too_long_to_read_in_one_sitting() -> None:
     for package in FORBIDDEN:
         for path in (ROOT / package).rglob("*.py"):

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from tqdm import tqdm
 
 from gmmamba.cohort import MASK_SUFFIXES, SAFE_ID, Slide
 from gmmamba.sheets import PREPARATION, SLIDE_SUFFIXES, find_slides, safe_ids
@@ -157,6 +156,8 @@ class Preparation:
 
         Raises SlidesError where it is the encoder that cannot be used: no slide will do better.
         """
+        from tqdm import tqdm  # Snakemake, which lists slides by this module, has none in its environment
+
         self.begin()
         problems = {}
         for slide in tqdm(slides, "tiling", unit="slide", disable=None):
@@ -212,6 +213,8 @@ class Preparation:
 
     def _encode(self, slides: Sequence[Slide]) -> tuple[int, str]:
         """Encode tiled slides in one process; its exit status, and why slides have no store if they have none."""
+        from tqdm import tqdm
+
         jobs = []
         for slide in slides:
             self.store(slide.slide_id).unlink(missing_ok=True)
