@@ -24,8 +24,8 @@ pytestmark = pytest.mark.slow
 SLIDES = [f"s{i}" for i in range(6)]
 PREPROCESSING = {"tile_slide", "encode_slide"}
 MODELLING = {
-    "contact_sheet", "account_cohort", "group_cohort", "split_dataset", "train", "predict", "evaluate", "report",
-    "record_pipeline",
+    "contact_sheet", "account_cohort", "group_cohort", "split_dataset", "train", "predict", "record_pipeline",
+    "evaluate", "compare", "report",
 }  # fmt: skip
 COMMANDS = {
     "preprocessing": {"tile", "encode"},
@@ -37,6 +37,7 @@ COMMANDS = {
         "train",
         "predict-fold",
         "evaluate",
+        "compare",
         "report",
         "record-pipeline",
     },
@@ -133,7 +134,7 @@ def test_an_environment_holds_no_more_than_its_stage_needs(finished: Path) -> No
         name: {file.name.rsplit("-", 2)[0] for file in prefix(finished, name).glob("conda-meta/*.json")}
         for name in COMMANDS
     }
-    assert not {"pandas", "scikit-learn", "jinja2"} & held["preprocessing"]
+    assert not {"pandas", "scikit-learn"} & held["preprocessing"]
     assert not {"timm", "openslide", "py-opencv"} & held["gmmamba"]
 
 
