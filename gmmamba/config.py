@@ -30,8 +30,8 @@ from gmmamba.config_checks import (
     schema_problems,
     slide_tiling_problems,
 )  # fmt: skip
-from gmmamba.inference.slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
+from gmmamba.new_slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of

@@ -31,8 +31,8 @@ from gmmamba import __version__
 from gmmamba.inference.model_file import Ensemble
 from gmmamba.inference.ome import raster, write_ome
 from gmmamba.inference.pictures import SlideMap, attention_colours, contribution_colours, group_colour
+from gmmamba.inference.preparation import Preparation
 from gmmamba.inference.qupath import collection, feature, group_outlines, patch_boxes
-from gmmamba.inference.slides import Preparation
 from slidestore import content_digest
 from slidestore.atomic import replace_when_whole
 

@@ -1,6 +1,6 @@
 """predict: the probabilities of new slides by a trained experiment, and what they come from.
 
-Reads a trained experiment (model_file.py) and slides; prepares them (slides.py), or takes what is prepared. Writes
+Reads a trained experiment (model_file.py) and slides; prepares them (preparation.py), or takes what is prepared. Writes
   predictions.csv   a row a slide: `slide_id, path, status, reason, [true,] predicted`, prob_<class> (mean over the
                     models), `agreement` (share of the models whose class is the predicted one), `models, n_patches,
                     mpp, in_training, warnings`; a failed slide has its reason
@@ -32,7 +32,7 @@ from gmmamba.inference.explain import Contributions, group_contributions, patch_
 from gmmamba.inference.model_file import Ensemble
 from gmmamba.inference.outputs import write_slide
 from gmmamba.inference.pipeline import InferenceError, slide_mark
-from gmmamba.inference.slides import Preparation
+from gmmamba.inference.preparation import Preparation
 from gmmamba.models.bag import MILOutput
 from gmmamba.prediction import choose_device, make_repeatable
 from slidestore import SlideStore, open_store
