@@ -26,7 +26,6 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from preprocessing import CREATED_BY
 from preprocessing.encoders import Encoder, EncoderSettings
@@ -37,6 +36,7 @@ from preprocessing.patches import Batch, Opened, PatchReader, ReadingSettings, r
 from preprocessing.slide import open_slide
 from preprocessing.tile import tiling_hash
 from slidestore import StoreAttributes, write_store
+from slidestore.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,7 @@ def encode_slides(
     writing: list[tuple[SlideJob, Future[None]]] = []
     openings = (partial(open_job, job, settings, reading, device) for job in jobs)
     pieces = read_ahead(openings, settings.batch_size, threads, memory_for_pixels(device))
-    # tqdm with disable=None shows its bar only where stderr is a terminal, so that logs stay readable.
-    with ThreadPoolExecutor(1) as writer, closing(pieces), tqdm(unit="patch", total=0, disable=None) as bar:
+    with ThreadPoolExecutor(1) as writer, closing(pieces), progress_bar(unit="patches", total=0) as bar:
         asked = time.monotonic()
         for slide, batch in pieces:
             waited = time.monotonic() - asked

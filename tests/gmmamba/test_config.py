@@ -115,10 +115,19 @@ def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
         (
             ("datasets", "demo", "classes"),
             ["normal", "tumor"],
-            "unknown label 'tumour', did you mean 'tumor'?",
+            "unknown label 'tumour', did you mean 'tumor'? (datasets.demo.classes: normal, tumor)",
         ),
         (("datasets", "demo", "classes"), ["normal", "tumour", "benign"], "no slide has the label 'benign'"),
-        (("training", "epochs"), 5, "must exceed training.select_after"),
+        (
+            ("training", "epochs"),
+            5,
+            "training.epochs (5) must exceed training.select_after (5), the epochs of which none",
+        ),
+        (
+            ("training", "learning_rate"),
+            "1e-4",
+            "'1e-4' is text to YAML, which wants a point in a number: write 0.0001",
+        ),
         (("cohorts", "demo", "sheet"), "nowhere.csv", "nowhere.csv does not exist"),
         (("seeds",), [0, 0], "seeds"),
         (("experiments", "mean", "protocol"), "offical", "experiments.mean.protocol: 'offical' is not one of"),
@@ -220,6 +229,70 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     text = problems(good_config(write_sheet(tmp_path, rows)))
     assert "already" in text
     assert "absent.svs" in text
+
+
+def test_what_a_whole_cohort_has_is_said_five_times_and_counted(tmp_path: Path) -> None:
+    absent = write_sheet(tmp_path, [row.replace("s", "absent") for row in good_rows()])
+    assert "  - 15 more of the same kind" in problems(good_config(absent))
+    config = good_config(write_sheet(tmp_path, good_rows()))
+    config["datasets"]["demo"]["classes"] = ["normal", "cancer"]
+    text = problems(config)
+    assert text.count("unknown label 'tumour', datasets.demo.classes: normal, cancer") == 5
+    assert text.endswith("  - 5 more of the same kind")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_sheet_may_be_as_a_spreadsheet_saves_it(tmp_path: Path, separator: str) -> None:
+    sheet = write_sheet(tmp_path, good_rows())
+    sheet.write_bytes(("\ufeff" + sheet.read_text().replace(",", separator).replace("\n", "\r\n")).encode())
+    slide = load_config(good_config(sheet)).cohorts["demo"].slides["S1"]
+    assert (slide.patient_id, slide.label, slide.path, slide.line) == ("P1", "tumour", tmp_path / "s1.svs", 3)
+
+
+def test_a_sheet_of_another_kind_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    sheet = write_sheet(tmp_path, good_rows())
+    sheet.write_bytes(sheet.read_text().replace("P1,", "Müller,").encode("latin-1"))
+    assert f'{sheet} is not in UTF-8: save it again as "CSV UTF-8"' in problems(good_config(sheet))
+    workbook = sheet.rename(tmp_path / "slides.xlsx")
+    assert f"{workbook} is a spreadsheet: save it as CSV (UTF-8)" in problems(good_config(workbook))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config.yaml is empty: it needs at least `cohorts`"),
+        (b"- cohorts", "config.yaml is no mapping of keys"),
+        (b"cohorts: {a: {sheet: a.csv}\ntraining: {}\n", 'is no YAML .*in ".*config.yaml", line 2'),
+        (b"cohorts:\n\ta: {sheet: a.csv}\n", 'indented with spaces.*in ".*config.yaml", line 2'),
+        (b"report: {title: K\xf6ln}\n", "no YAML in UTF-8"),
+        (b"cohorts: {}\nseeds: [0]\ncohorts: {}\n", "'cohorts' stands there a second time.*line 3"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert main(["check-config", str(tmp_path / "config.yaml")]) == 1
+    assert re.search(f"(?s){message}", capsys.readouterr().err)
+
+
+def test_check_config_says_what_is_in_it(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["check-config", str(tmp_path / "config.yaml")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        f"cohort demo: 20 slides of {tmp_path / 'slides.csv'}, 224 px patches at 0.5 µm per pixel, encoded by "
+        "resnet18-random",
+        "dataset demo: 10 normal, 10 tumour, of 20 patients; kfold, 4 folds x 1 seeds = 4 models an experiment",
+        "experiment demo/gmmamba: gmmamba, groups location-10, up to 15 epochs",
+    ]
+    assert main(["check-config", str(tmp_path / "config.yaml"), "--resolved"]) == 0
+    head, resolved = capsys.readouterr().out.split("# demo/gmmamba\n")
+    assert head.splitlines() == [*said, ""]
+    resolved = yaml.safe_load(resolved.split("\n#")[0])
+    assert resolved == load_config(config).experiments["demo", "gmmamba"].as_dict()
 
 
 def test_excluded_rows_are_kept_but_not_checked_for_files(tmp_path: Path) -> None:
