@@ -15,7 +15,7 @@ from gmmamba.models.imm import MASKS
 from tests.gmmamba.configs import named_models
 
 NAMED = list(named_models())
-ABLATION = {  # GMMAMBA.md, section 6: groups (LG), BiMamba 2 and pooling by attention (IMM), its mask, CSS
+ABLATION = {  # of the poster: groups (LG), BiMamba 2 and pooling by attention (IMM), its mask, CSS
     "with-bmp": (None, False, False, False),
     "with-lg-bmp": ("location-10", False, False, False),
     "without-masking": ("location-10", True, False, False),
