@@ -16,11 +16,13 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from gmmamba.csv_files import read_csv, rows_by_line
 from gmmamba.leakage import named_by_class, same_files
 from gmmamba.split_files import PARTS, Member, shortened
 from gmmamba.splits import FILES, GOES_BY, SplitError, SplitSettings, parts_of_file, patient_folds
+from slidestore.foreign import ForeignFiles
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
 OPTIONAL = ["mpp", "magnification", "split", "exclude", "site", "mask"]
@@ -65,6 +67,32 @@ class Slide:
     exclude: str = ""  # the reason, empty for slides that take part
     mask: Path | None = None
     tiling: dict[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
+    come from another tool: then by encoder, as in the config."""
+
+    name: str
+    sheet: Path
+    slides: dict[str, Slide]
+    tiling: dict[str, Any]
+    encoders: list[str]
+    features: dict[str, dict[str, Any]]
+
+    def foreign_files(self, encoder: str, slide_id: str) -> ForeignFiles:
+        """The files of another tool with the features of one slide. ValueError where its format needs `patches`."""
+        source, stem = self.features[encoder], self.slides[slide_id].path.stem
+        paths = {
+            key: source[key] and Path(source[key].replace("{slide_id}", slide_id).replace("{stem}", stem))
+            for key in ("path", "patches")
+        }
+        return ForeignFiles(source["format"], **paths)
+
+    def tiling_of(self, slide: Slide) -> dict[str, Any]:
+        """The tiling settings of one slide: the cohort's, and what the slide's row says otherwise."""
+        return {**self.tiling, **slide.tiling}
 
 
 def read_sheet(

@@ -132,6 +132,8 @@ def test_slides_left_without_a_tile_record_stop_no_picture(tmp_path: Path) -> No
     [
         ("slide_id\na\n", "no column 'path'"),
         ("path\n", "it lists no slide"),
+        ("path,slide_id\n\nx.svs,a\n", "line 3: slide a: no such file"),
+        ("path\nx.svs,a\n", "more cells than the first one has names"),
         ("path,slide_id\nx.svs,a\nx.svs,a\n", "line 2: slide a: no such file: .*line 3: slide_id 'a' stands in line 2"),
         ("path,mpp\ns.csv,big\n", "line 2: slide s.csv: 'big' is not a number"),
     ],
