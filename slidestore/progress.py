@@ -6,7 +6,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-SECONDS = 30.0  # between the lines of a log; work that is done sooner leaves none
+SECONDS = 15.0  # between the lines of a log; work that is done sooner leaves none
 LINE = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} gone, about {remaining} left{postfix}"
 
 

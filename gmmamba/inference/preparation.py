@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from gmmamba.cohort import Slide
 from gmmamba.new_slides import SlidesError
 from gmmamba.sheets import PREPARATION
 from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
+from slidestore.progress import progress_bar
 from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +81,7 @@ class Preparation:
         """
         self.begin()
         problems = {}
-        for slide in tqdm(slides, "tiling", unit="slide", disable=None):
+        for slide in progress_bar(slides, desc="tiling", unit="slides"):
             if (problem := self._tile(slide)) is not None:
                 problems[slide.slide_id] = problem
         tiled = [slide for slide in slides if slide.slide_id not in problems]
@@ -134,8 +134,10 @@ class Preparation:
 
     def _encode(self, slides: Sequence[Slide]) -> tuple[int, str]:
         """Encode tiled slides in one process; its exit status, and why slides have no store if they have none."""
-        jobs = []
+        jobs, patches = [], {}
         for slide in slides:
+            record = json.loads(self.tiles(slide.slide_id, ".json").read_text(encoding="utf-8"))
+            patches[slide.slide_id] = int(record["counts"]["kept"])
             self.store(slide.slide_id).unlink(missing_ok=True)
             tiled = {name: self.tiles(slide.slide_id, suffix) for name, suffix in COORDS_AND_RECORD.items()}
             places = {"slide": slide.path, **tiled, "output": self.store(slide.slide_id)}
@@ -146,16 +148,19 @@ class Preparation:
         settings = ["--settings", json.dumps(dict(self.encoder)), "--reading", json.dumps(dict(self.reading))]
         with (
             self._running("encode", "all", [f"--jobs={listed}", *settings, "--threads", str(self.threads)]) as run,
-            tqdm(total=len(slides), desc="encoding", unit="slide", disable=None) as bar,
+            progress_bar(total=sum(patches.values()), desc="encoding", unit="patches") as bar,
         ):
-            while True:
-                try:
+            while run.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
                     run.wait(timeout=0.5)
-                except subprocess.TimeoutExpired:
-                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
-                else:
-                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
-                    return run.returncode, self._reason("encode", "all", run.returncode)
+                bar.update(max(0, self._encoded(patches) - bar.n))
+            return run.returncode, self._reason("encode", "all", run.returncode)
+
+    def _encoded(self, patches: Mapping[str, int]) -> int:
+        """How many patches are encoded, of `patches` by slide: of slides that are done, or as the log says."""
+        done = sum(count for slide_id, count in patches.items() if self.store(slide_id).is_file())
+        said = re.findall(r"(\d+) of \d+ patches,", self._log("encode", "all").read_text(errors="replace"))
+        return max(done, int(said[-1]) if said else 0)
 
     def picture_patches(self) -> str | None:
         """Have the pictures made of the patches that the predictions in `output` name; what went wrong, if it did."""

@@ -16,6 +16,7 @@ from gmmamba.inference.preparation import Preparation
 from gmmamba.new_slides import SlidesError, list_slides
 from preprocessing.patch_picture import picture_patches
 from slidestore import StoreAttributes, write_store
+from slidestore.progress import progress_bar
 
 # Slides -----------------------------------------------------------------------------------------------------------
 
@@ -59,6 +60,17 @@ def prepared(output: Path, cohort: str, encoder: str, slide_id: str = "s") -> tu
 def preparation(output: Path, sha256: str = "ab", **encoder: str) -> Preparation:
     encoder = {"name": "tiny", "model": "test_resnet", "weights": "w.safetensors"} | encoder
     return Preparation(output, {"mpp": 0.5}, {}, encoder, sha256, 1)
+
+
+def test_the_bar_moves_within_a_slide_too(tmp_path: Path) -> None:
+    """By the lines that encoding writes into its log now and then, and by the stores of slides that are done."""
+    log = tmp_path / "logs/encode/all.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("INFO s: 900 patches, tiny on cpu\n")
+    prepared(tmp_path, "new", "tiny")
+    assert preparation(tmp_path)._encoded({"s": 900, "t": 3100}) == 900
+    log.write_text(f"INFO s: 900 patches, tiny on cpu\n{progress_bar(total=4000, initial=1200, unit='patches')}\n")
+    assert preparation(tmp_path)._encoded({"s": 900, "t": 3100}) == 1200
 
 
 def test_another_s_tiles_and_features_are_refused_and_stay(tmp_path: Path) -> None:
