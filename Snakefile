@@ -56,7 +56,7 @@ onsuccess:
 
 onerror:
     print(
-        "What failed stands above, each with its log. What did not depend on it is done. Mend it, and give the"
+        "Each job that failed stands here with its log; what did not depend on it is done. Mend it, and give the"
         " same command again: it goes on from there (docs/reliability.md).",
         file=sys.stderr,
     )

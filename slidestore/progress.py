@@ -28,5 +28,6 @@ def progress_bar(steps: Iterable[Any] | None = None, **settings: Any) -> "tqdm[A
     """tqdm's bar; `settings` are tqdm's. Where stderr is no terminal, a line every `SECONDS`."""
     if sys.stderr.isatty():
         return tqdm(steps, **settings)
-    in_log = {"mininterval": SECONDS, "maxinterval": SECONDS, "miniters": 1, "delay": SECONDS, "bar_format": LINE}
-    return tqdm(steps, file=Lines(sys.stderr), **in_log, **settings)  # type: ignore[call-overload]
+    now_and_then = {"mininterval": SECONDS, "maxinterval": SECONDS, "miniters": 1, "delay": SECONDS}
+    in_log = {"file": Lines(sys.stderr), "bar_format": LINE, "leave": False, **now_and_then}
+    return tqdm(steps, **in_log, **settings)  # type: ignore[call-overload]

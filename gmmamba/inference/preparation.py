@@ -28,6 +28,7 @@ from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[2]
 COHORT = "new"  # in the records of what is prepared here
+MENDABLE = "preprocessing: "  # begins what its command line says of settings that do not fit
 COORDS_AND_RECORD = {"coords": ".npy", "record": ".json"}
 
 
@@ -95,9 +96,7 @@ class Preparation:
                 store = self.store(slide.slide_id)
                 if not store.is_file():
                     if status and some == waiting[:1]:
-                        raise SlidesError(
-                            said.removeprefix("ValueError: ").replace("set reading.reader to", "give --reader")
-                        )
+                        raise SlidesError(said.replace("set reading.reader to", "give --reader"))
                     problems[slide.slide_id] = said
                 elif (failure := open_store(store).attributes.failure) is not None:
                     problems[slide.slide_id] = failure["reason"]
@@ -211,8 +210,8 @@ class Preparation:
         """Why a stage made nothing: the error that it ended with, or, where it was killed, that, and its log."""
         log = self._log(stage, name)
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if status > 0 and lines and lines[-1].startswith("ValueError: "):  # what a user can mend
-            return lines[-1]
+        if status > 0 and lines and lines[-1].startswith(MENDABLE):
+            return lines[-1].removeprefix(MENDABLE)
         return f"{stage} ended with exit status {status}, see {log}"
 
 

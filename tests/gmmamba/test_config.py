@@ -19,7 +19,7 @@ from gmmamba.training import TrainingSettings
 from preprocessing.encoders import EncoderSettings
 from preprocessing.tile import TilingSettings
 from tests.docs import code_blocks
-from tests.gmmamba.configs import ROOT, problems
+from tests.gmmamba.configs import ROOT, good_rows, problems, write_sheet
 
 
 def test_defaults_model_and_overrides_are_resolved_in_this_order(config: dict[str, Any]) -> None:
@@ -256,6 +256,16 @@ def test_schema_and_model_agree(method: str) -> None:
     expected = {key: p.default for key, p in parameters.items() if key not in ("in_dim", "n_classes")}
     known = METHODS[method]["properties"]
     assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected
+
+
+def test_the_five_things_of_the_readme_are_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [row.replace("normal", "negative").replace("tumour", "positive") for row in good_rows()]
+    write_sheet(tmp_path, rows).rename("mycohort.csv")
+    indented = code_blocks("../README.md", "yaml")[0]
+    config = load_config(yaml.safe_load(indented))
+    assert config.summary().count("\n") == 2
+    assert list(config.experiments) == [("mydata", "gmmamba-mydata")]
 
 
 def test_models_of_one_s_own_stand_beside_the_named_ones_or_replace_them(config: dict[str, Any]) -> None:

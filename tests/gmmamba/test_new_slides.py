@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gmmamba.cohort import Slide
 from gmmamba.foci import FociError, Focus, read_foci
 from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.pipeline import InferenceError
@@ -111,14 +112,19 @@ def test_a_killed_stage_is_said_to_be_so_and_the_first_slide_stops_all(
         ended.append(command[3])
         return popen(["sh", "-c", script["all"]], **options)
 
+    def tile(self: Preparation, slide: Slide) -> None:
+        record = self.tiles(slide.slide_id, ".json")
+        record.parent.mkdir(exist_ok=True)
+        record.write_text('{"cohort": "new", "counts": {"kept": 12}}')
+
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", run)
-    monkeypatch.setattr(Preparation, "_tile", lambda self, slide: None)
+    monkeypatch.setattr(Preparation, "_tile", tile)
     monkeypatch.setattr(Preparation, "_is_encoded", lambda self, slide_id: False)
     with pytest.raises(SlidesError, match=r"encode ended with exit status -9, see .*logs/encode/all.log"):
         asked.prepare(slides)
     assert ended == ["encode"]
-    script["all"] = "echo 'ValueError: no such model'; exit 1"
+    script["all"] = "echo 'preprocessing: no such model'; exit 1"
     with pytest.raises(SlidesError, match=r"^no such model$"):
         asked.prepare(slides)
     script["all"] = "echo INFO nothing to do"

@@ -13,7 +13,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from preprocessing.__main__ import main
 from preprocessing.encoders import PRESETS, Encoder, EncoderSettings
+from slidestore.warm_start import OWNER
 from tests.docs import code_blocks
 
 RANDOM = EncoderSettings(name="tiny", model="test_resnet", weights="random")
@@ -156,10 +158,28 @@ def test_a_model_of_fixed_size_names_both_sizes() -> None:
 
 
 def test_settings_that_cannot_be_are_named() -> None:
-    with pytest.raises(ValueError, match="encoder 'tiny': timm has no model 'resnet81'"):
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet81' \(did you mean '.+'\?\); see timm"):
         Encoder(replace(RANDOM, model="resnet81"), 64)
     with pytest.raises(ValueError, match="precision is 'fp8', expected fp32 or bf16"):
         Encoder(replace(RANDOM, precision="fp8"), 64)
+
+
+def test_the_command_line_says_what_does_not_fit_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cohort of a thousand slides fails a thousand times: no traceback stands between a person and the reason."""
+    (tmp_path / "jobs.json").write_text("[]")
+
+    def no_model(*_: Any) -> None:
+        Encoder(replace(RANDOM, model="resnet81"), 64)
+
+    monkeypatch.delenv(OWNER, raising=False)
+    monkeypatch.setattr("preprocessing.encode.encode_slides", no_model)
+    monkeypatch.setattr("sys.argv", ["preprocessing", "encode", "--jobs", str(tmp_path / "jobs.json"), "--settings",
+                                     '{"name": "tiny", "model": "resnet81", "weights": "random"}'])  # fmt: skip
+    assert main() == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("preprocessing: encoder 'tiny': timm has no model 'resnet81' (did you mean")
 
 
 def test_the_transform_is_timms_own() -> None:
