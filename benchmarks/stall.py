@@ -33,14 +33,14 @@ def read_slides(table: Path, groups: Path, foci: Path) -> list[tuple[Bag, np.nda
     tumour_of = read_foci(foci)
     grouped, slides = read_groups(groups), []
     for row in pd.read_csv(table, dtype=str).itertuples():
-        if row.slide_id in tumour_of and row.status == "ready":
+        if (slide_id := str(row.slide_id)) in tumour_of and row.status == "ready":
             store = open_store(str(row.store))
             side = store.attributes.patch_px_level0
             assert side is not None
-            centres = np.array([focus.centre for focus in tumour_of[row.slide_id]])
+            centres = np.array([focus.centre for focus in tumour_of[slide_id]])
             offset = centres[None] - store.coords[:, None]  # (N, foci, 2)
             tumour = ((offset >= 0) & (offset < side)).all(2).any(1)
-            labels = torch.from_numpy(grouped[str(row.slide_id)][1]).long()
+            labels = torch.from_numpy(grouped[slide_id][1]).long()
             features = torch.from_numpy(store.features).float()
             slides.append((Bag(features, torch.from_numpy(store.coords), labels), tumour))
     return slides

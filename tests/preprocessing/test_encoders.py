@@ -114,10 +114,11 @@ def test_a_file_of_more_than_tensors_is_never_unpickled(tmp_path: Path, content:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_an_architecture_with_its_transform(tmp_path: Path, name: str) -> None:
     encoder = Encoder(EncoderSettings("p", name, "random"), 224)
-    assert encoder.features == 384
+    bare = timm.create_model(PRESETS[name].architecture, num_classes=0)
+    assert encoder.features == bare.num_features
     torch.testing.assert_close(encoder.mean.flatten() / 255, torch.tensor(PRESETS[name].mean))
     torch.testing.assert_close(encoder.std.flatten() / 255, torch.tensor(PRESETS[name].std))
-    torch.save(timm.create_model("vit_small_patch16_224").state_dict(), tmp_path / "w.pth")
+    torch.save(bare.state_dict(), tmp_path / "w.pth")
     Encoder(EncoderSettings("p", name, str(tmp_path / "w.pth")), 224)
 
 
