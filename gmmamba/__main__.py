@@ -26,14 +26,13 @@ MODELLING = [
 """What training and prediction import sooner or later: ten seconds of CPU."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
+def parser() -> argparse.ArgumentParser:
     from gmmamba import __version__, split_commands
     from gmmamba.inference.cli import add_commands
 
-    parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
-    parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    main = argparse.ArgumentParser(prog="gmmamba", description=(__doc__ or "").split("\n")[0])
+    main.add_argument("--version", action="version", version=f"gmmamba {__version__}")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
@@ -157,9 +156,13 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
     sub.add_argument("--device", default="cpu")
+    return main
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
     start = time.monotonic()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.preload and arguments is None:
         status = run_warm("gmmamba", sys.argv[1:], options.preload)
         if status is not None:
