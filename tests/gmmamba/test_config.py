@@ -322,7 +322,7 @@ def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
 
 
-@pytest.mark.parametrize("page", ["encoders.md", "interop.md", "statistics.md"])
+@pytest.mark.parametrize("page", ["coming_from.md", "encoders.md", "interop.md", "statistics.md"])
 def test_the_docs_examples_are_configurations(page: str) -> None:
     example = yaml.safe_load(code_blocks(page, "yaml")[0])
     minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
