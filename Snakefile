@@ -13,7 +13,11 @@ containerized: f"{workflow.basedir}/envs/gmmamba.sif"
 
 
 include: "workflow/rules/common.smk"
-include: "workflow/rules/inputs.smk"
+include: "workflow/inputs/slides.smk"
+include: "workflow/inputs/experiments.smk"
+include: "workflow/inputs/report.smk"
+include: "workflow/inputs/predict.smk"
+include: "workflow/inputs/tables.smk"
 include: "workflow/rules/tile.smk"
 include: "workflow/rules/encode.smk"
 include: "workflow/rules/import.smk"

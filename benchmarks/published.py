@@ -1,4 +1,4 @@
-"""The published procedure, rebuilt from its description (GMMAMBA.md, sections 1, 2 and 8): `make bench`'s baseline.
+"""The published procedure, rebuilt from its description: `make bench`'s baseline.
 
 Each step fits k-means, then takes one group after the other through both mixers, where the backward direction works on
 a reversed copy, and a selective scan that steps through the instances.

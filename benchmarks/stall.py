@@ -2,7 +2,7 @@
 
     python -m benchmarks.stall results/tiles1/features/ENCODER.csv results/tiles1/groups/location-10.npz foci.csv
 
-The cohort is one of known tumour positions (foci.csv: slide_id, x, y, tile_px; level-0 pixels). Prints a Markdown
+The cohort is one of known tumour positions (foci.csv: gmmamba.foci). Prints a Markdown
 table, a row for each seed of the initial weights, over the slides with tumour:
 
     tumour masked, other masked   share of those patches that the untrained mask head drops (M_r = 0.3)
@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from benchmarks.measure import markdown_table
+from gmmamba.foci import read_foci
 from gmmamba.models.bag import Bag
 from gmmamba.models.gmmamba import PUBLISHED, GMMamba
 from slidestore import open_store
@@ -28,19 +29,18 @@ from slidestore.groups import read_groups
 
 
 def read_slides(table: Path, groups: Path, foci: Path) -> list[tuple[Bag, np.ndarray]]:
-    """Each slide with tumour: its bag, and (N,) bool whether a patch covers the centre of a tumour tile."""
-    tiles = pd.read_csv(foci)
+    """Each slide with tumour: its bag, and (N,) bool whether a patch covers the centre of a focus."""
+    tumour_of = read_foci(foci)
     grouped, slides = read_groups(groups), []
-    for row in pd.read_csv(table).itertuples():
-        own = tiles[tiles["slide_id"] == row.slide_id]
-        if len(own) and row.status == "ready":
+    for row in pd.read_csv(table, dtype=str).itertuples():
+        if (slide_id := str(row.slide_id)) in tumour_of and row.status == "ready":
             store = open_store(str(row.store))
             side = store.attributes.patch_px_level0
             assert side is not None
-            centres = own[["x", "y"]].to_numpy() + own[["tile_px"]].to_numpy() / 2
-            offset = centres[None] - store.coords[:, None]  # (N, tumour tiles, 2)
+            centres = np.array([focus.centre for focus in tumour_of[slide_id]])
+            offset = centres[None] - store.coords[:, None]  # (N, foci, 2)
             tumour = ((offset >= 0) & (offset < side)).all(2).any(1)
-            labels = torch.from_numpy(grouped[str(row.slide_id)][1]).long()
+            labels = torch.from_numpy(grouped[slide_id][1]).long()
             features = torch.from_numpy(store.features).float()
             slides.append((Bag(features, torch.from_numpy(store.coords), labels), tumour))
     return slides

@@ -13,15 +13,16 @@ import difflib
 import math
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
-
+from gmmamba.csv_files import read_csv, rows_by_line
 from gmmamba.leakage import named_by_class, same_files
 from gmmamba.split_files import PARTS, Member, shortened
 from gmmamba.splits import FILES, GOES_BY, SplitError, SplitSettings, parts_of_file, patient_folds
+from slidestore.foreign import ForeignFiles
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
 OPTIONAL = ["mpp", "magnification", "split", "exclude", "site", "mask"]
@@ -58,14 +59,40 @@ class Slide:
     patient_id: str
     label: str
     path: Path
-    line: int
-    mpp: float | None
-    mpp_source: str | None  # "sheet" or "config"
-    split: str
-    site: str
-    exclude: str  # the reason, empty for slides that take part
-    mask: Path | None
-    tiling: dict[str, int | float | str]
+    line: int = 0
+    mpp: float | None = None
+    mpp_source: str | None = None  # "sheet" or "config"
+    split: str = ""
+    site: str = ""
+    exclude: str = ""  # the reason, empty for slides that take part
+    mask: Path | None = None
+    tiling: dict[str, int | float | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
+    come from another tool: then by encoder, as in the config."""
+
+    name: str
+    sheet: Path
+    slides: dict[str, Slide]
+    tiling: dict[str, Any]
+    encoders: list[str]
+    features: dict[str, dict[str, Any]]
+
+    def foreign_files(self, encoder: str, slide_id: str) -> ForeignFiles:
+        """The files of another tool with the features of one slide. ValueError where its format needs `patches`."""
+        source, stem = self.features[encoder], self.slides[slide_id].path.stem
+        paths = {
+            key: source[key] and Path(source[key].replace("{slide_id}", slide_id).replace("{stem}", stem))
+            for key in ("path", "patches")
+        }
+        return ForeignFiles(source["format"], **paths)
+
+    def tiling_of(self, slide: Slide) -> dict[str, Any]:
+        """The tiling settings of one slide: the cohort's, and what the slide's row says otherwise."""
+        return {**self.tiling, **slide.tiling}
 
 
 def read_sheet(
@@ -85,41 +112,27 @@ def read_sheet(
     if not sheet.is_file():
         return {}, [f"cohorts.{cohort}.sheet: {sheet} does not exist"]
     try:
-        table = pd.read_csv(sheet, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        return {}, [f"{sheet} is not a CSV file in UTF-8: {error}"]
-    if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
-        return {}, [f"{sheet}: the lines have more cells than the first one has names; quote cells with commas"]
+        table = read_csv(sheet, ValueError)
+    except ValueError as error:
+        return {}, [str(error)]
     problems = list(_column_problems(sheet, list(table.columns), tiling_keys))
     if problems:
         return {}, problems
 
     slides: dict[str, Slide] = {}
-    for index, row in enumerate(table.to_dict("records")):
-        place = f"{sheet}, line {index + 2}"
-        cells = {str(key): str(value).strip() for key, value in row.items()}
-        if not any(cells.values()):
-            continue
-        slide_id = cells["slide_id"]
-        scale, source = mpp, "config"
-        if mpp is None and magnification is not None:
-            scale = 10 / magnification
+    if mpp is None and magnification is not None:
+        mpp = 10 / magnification
+    for line, cells in rows_by_line(table).items():
+        place, slide_id = f"{sheet}, line {line}", cells["slide_id"]
         try:
-            if cells.get("mpp"):
-                scale, source = float(cells["mpp"]), "sheet"
-            elif cells.get("magnification"):
-                scale, source = 10 / float(cells["magnification"]), "sheet"
-        except (ValueError, ZeroDivisionError):
-            wrong = cells.get("mpp") or cells.get("magnification")
-            problems.append(f"{place}: {wrong!r} is not a number (mpp in µm per pixel, or magnification such as 20)")
+            scale, source = mpp_of(cells, mpp)
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            scale = source = None
         path = sheet.parent / cells["path"]
         if not cells["path"] and not need_files:
             path = sheet.parent / slide_id / "no path in the sheet"  # and not the sheet's folder, which exists
-        exclude = cells.get("exclude", "")
-        if exclude.lower() in ("", "0", "no", "false"):
-            exclude = ""
-        elif exclude.lower() in ("1", "yes", "true", "x"):
-            exclude = "excluded in the sheet"
+        exclude = reason_to_exclude(cells.get("exclude", ""))
         if not SAFE_ID.fullmatch(slide_id):
             problems.append(f"{place}: slide_id {slide_id!r} must be made of letters, digits, '.', '_' and '-'")
         if slide_id in slides:
@@ -130,20 +143,44 @@ def read_sheet(
         if need_files and (not cells["path"] or (not exclude and not path.exists())):
             problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
         mask = sheet.parent / cells["mask"] if cells.get("mask") else None
-        if mask and mask.suffix.lower() not in MASK_SUFFIXES:
-            problems.append(f"{place}: slide {slide_id}: mask {mask} is none of {', '.join(MASK_SUFFIXES)}")
-        elif mask and not exclude and not mask.is_file():
-            problems.append(f"{place}: slide {slide_id}: no such mask: {mask} (mend the path, or empty the cell)")
+        if mask and not exclude and (problem := mask_problem(mask)):
+            problems.append(f"{place}: slide {slide_id}: {problem}")
         if (split := cells.get("split", "")) not in ("", *PARTS):
             problems.append(f"{place}: split {split!r} is none of {', '.join(PARTS)}")
         slides[slide_id] = Slide(
-            slide_id, cells["patient_id"], cells["label"], path, index + 2,
-            scale, source if scale is not None else None, split, cells.get("site", ""), exclude,
-            mask, {key: _value(cells[TILING + key]) for key in tiling_keys if cells.get(TILING + key)},
+            slide_id, cells["patient_id"], cells["label"], path, line, scale, source, split, cells.get("site", ""),
+            exclude, mask, {key: _value(cells[TILING + key]) for key in tiling_keys if cells.get(TILING + key)},
         )  # fmt: skip
     if not slides:
         problems.append(f"{sheet} lists no slide")
     return slides, problems
+
+
+def mpp_of(cells: Mapping[str, str], general: float | None) -> tuple[float | None, str | None]:
+    """µm per pixel of level 0 of the slide of a row, or else `general`; and who says so, "sheet" or "config".
+
+    Raises ValueError for a cell that is no number.
+    """
+    if not (cell := cells.get("mpp") or cells.get("magnification")):
+        return general, None if general is None else "config"
+    try:
+        number = float(cell)
+        return (number if cells.get("mpp") else 10 / number), "sheet"
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{cell!r} is not a number (mpp in µm per pixel, or magnification such as 20)") from error
+
+
+def reason_to_exclude(cell: str) -> str:
+    """What a cell of the column `exclude` says; empty where the slide takes part."""
+    if cell.lower() in ("", "0", "no", "false"):
+        return ""
+    return "excluded in the sheet" if cell.lower() in ("1", "yes", "true", "x") else cell
+
+
+def mask_problem(mask: Path) -> str | None:
+    if mask.suffix.lower() not in MASK_SUFFIXES:
+        return f"mask {mask} is none of {', '.join(MASK_SUFFIXES)}"
+    return None if mask.is_file() else f"no such mask: {mask} (mend the path, or empty the cell)"
 
 
 def _value(cell: str) -> int | float | str:

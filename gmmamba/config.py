@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from gmmamba.cohort import Slide, check_dataset, read_sheet
+from gmmamba.cohort import Cohort, check_dataset, read_sheet
 from gmmamba.config_checks import (
     ConfigError,
     datasets_of,
@@ -30,43 +30,16 @@ from gmmamba.config_checks import (
     schema_problems,
     slide_tiling_problems,
 )  # fmt: skip
-from gmmamba.inference.slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
+from gmmamba.new_slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of
-from slidestore.foreign import ForeignFiles
 
 ROOT = Path(__file__).parents[1]
 DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
 NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration, as are the tables
 TABLES = ROOT / "config" / "tables.yaml"
-
-
-@dataclass(frozen=True)
-class Cohort:
-    """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
-    come from another tool: then by encoder, as in the config."""
-
-    name: str
-    sheet: Path
-    slides: dict[str, Slide]
-    tiling: dict[str, Any]
-    encoders: list[str]
-    features: dict[str, dict[str, Any]]
-
-    def foreign_files(self, encoder: str, slide_id: str) -> ForeignFiles:
-        """The files of another tool with the features of one slide. ValueError where its format needs `patches`."""
-        source, stem = self.features[encoder], self.slides[slide_id].path.stem
-        paths = {
-            key: source[key] and Path(source[key].replace("{slide_id}", slide_id).replace("{stem}", stem))
-            for key in ("path", "patches")
-        }
-        return ForeignFiles(source["format"], **paths)
-
-    def tiling_of(self, slide: Slide) -> dict[str, Any]:
-        """The tiling settings of one slide: the cohort's, and what the slide's row says otherwise."""
-        return {**self.tiling, **slide.tiling}
 
 
 @dataclass(frozen=True)

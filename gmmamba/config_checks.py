@@ -7,14 +7,12 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 
+from gmmamba.cohort import Cohort
 from slidestore.settings import own_function
-
-if TYPE_CHECKING:
-    from gmmamba.config import Cohort
 
 RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
 SPLIT_FILES = {"file": "CSV (slide_id, fold0, fold1, ...)", "clam": "folder of splits_0.csv, splits_1.csv, ..."}

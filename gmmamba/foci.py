@@ -28,6 +28,11 @@ class Focus:
     length: float
     label: str = ""  # the column `class`
 
+    @property
+    def centre(self) -> tuple[float, float]:
+        half = self.length / 2 if self.kind == "side" else 0
+        return self.x + half, self.y + half
+
 
 def read_foci(path: Path) -> dict[str, list[Focus]]:
     """The foci by slide. Raises FociError for a file without these columns, and for a row without a place or a size."""

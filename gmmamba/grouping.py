@@ -1,4 +1,4 @@
-"""Groups of patches, made once per slide and stored (GMMAMBA.md, section 1).
+"""Groups of patches, made once per slide and stored (Zheng et al., ICCV 2025).
 
 Reads the coordinates of each slide's patches, ``results/{cohort}/tiles/{slide}.npy``; writes the cohort's groups,
 ``results/{cohort}/groups/{grouping}.npz`` (see slidestore.groups). These hold for every encoder. Groups by features

@@ -21,6 +21,7 @@ from typing import Any
 
 import pandas as pd
 
+from gmmamba.csv_files import read_csv, rows_by_line
 from gmmamba.splits import PARTS
 
 # What tables write where a label is not known; GDC writes '--.
@@ -114,7 +115,7 @@ def read_label_table(path: Path, form: str | None = None, columns: Mapping[str, 
         return "" if value.casefold() in BLANK else value
 
     rows = []
-    for line, row in enumerate(table.to_dict("records"), start=2):
+    for line, row in rows_by_line(table).items():
         if row.get(chosen.primary, "").strip().casefold() == "false":
             continue
         split = cell(row, chosen.split)
@@ -136,15 +137,9 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             header = file.readline()
-        delimiter = max("\t;,", key=header.count)
-        table = pd.read_csv(
-            path, sep=delimiter, dtype=str, keep_default_na=False, skip_blank_lines=False, encoding="utf-8-sig",
-        )  # fmt: skip
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise SheetError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error
-    if not isinstance(table.index, pd.RangeIndex):  # pandas then shifts the columns by one, without a word
-        raise SheetError(f"{path}: the lines have more cells than the first one has names; quote cells with commas")
-    return table
+    return read_csv(path, SheetError, max("\t;,", key=header.count))
 
 
 def _form(path: Path, found: Sequence[str], wanted: str | None, named: dict[str, Any]) -> Form:

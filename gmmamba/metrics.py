@@ -45,5 +45,5 @@ def classification_metrics(true: np.ndarray, probabilities: np.ndarray) -> dict[
 
 
 def selection_score(metrics: dict[str, float], n_classes: int) -> float:
-    """What the kept epoch maximises on the validation slides: F1 + AUROC (GMMAMBA.md, section 7)."""
+    """What the kept epoch maximises on the validation slides: F1 + AUROC, as the published code does."""
     return metrics["auroc"] + metrics["f1_positive" if n_classes == 2 else "macro_f1"]

@@ -1,7 +1,7 @@
 """How a model is trained: the settings, the optimizer and its learning rate, which epoch is kept.
 
-The defaults are the published protocol of GMMamba (GMMAMBA.md, section 7); the others are what the published protocols
-of the methods it is compared with need (BASELINES.md; `official` in config/models.yaml).
+The defaults are the published protocol of GMMamba; the others are what the published protocols of the methods it is
+compared with need (`official` in config/models.yaml).
 """
 
 from __future__ import annotations

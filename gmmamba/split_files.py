@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from gmmamba.csv_files import read_csv, rows_by_line
 from slidestore.atomic import replace_when_whole
 
 PARTS = ("train", "val", "test")
@@ -47,15 +48,14 @@ def read_own(path: Path) -> pd.DataFrame:
         raise SplitError(f"{path} is a folder: name a CSV (slide_id, fold0, ...), or use the scheme clam")
     if not path.is_file():
         raise SplitError(f"{path} does not exist")
-    table = read_csv(path)
+    table = read_csv(path, SplitError)
     folds = [name for name in table.columns if re.fullmatch(r"fold\d+", name)]
     wanted = [f"fold{i}" for i in range(len(folds))]
     if "slide_id" not in table or not folds or set(folds) != set(wanted):
         raise SplitError(
             f"{path} must have the columns slide_id, fold0, fold1, ... without a gap; it has {', '.join(table.columns)}"
         )
-    table = table.apply(lambda column: column.str.strip())
-    for line, row in enumerate(table.to_dict("records"), start=2):
+    for line, row in rows_by_line(table).items():
         for fold in wanted:
             if row[fold] not in ("", *PARTS):
                 raise SplitError(f"{path}, line {line}: {fold} is {row[fold]!r}, none of {', '.join(PARTS)} or empty")
@@ -64,14 +64,6 @@ def read_own(path: Path) -> pd.DataFrame:
         raise SplitError(f"{path}: slide {slide_id} stands there twice: leave one line")
     given = [name for name in ("patient_id", "label") if name in table]
     return table.set_index("slide_id")[[*wanted, *given]]
-
-
-def read_csv(path: Path) -> pd.DataFrame:
-    """A table of strings. Raises SplitError for what is no CSV."""
-    try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise SplitError(f"{path} is not a CSV file in UTF-8: {error}") from error
 
 
 def read_clam(folder: Path) -> pd.DataFrame:
@@ -90,13 +82,13 @@ def read_clam(folder: Path) -> pd.DataFrame:
         raise SplitError(f"{folder} must have splits_0.csv, splits_1.csv, ... without a gap; it has {names}")
     folds = {}
     for fold, path in sorted(found.items()):
-        table = read_csv(path)
+        table = read_csv(path, SplitError)
         for part in PARTS:
             if part not in table:
                 raise SplitError(f"{path} has no column {part!r}; CLAM's are train, val, test")
         parts: dict[str, str] = {}
         for part in PARTS:
-            for cell in filter(None, table[part].str.strip()):
+            for cell in filter(None, table[part]):
                 # CLAM writes ids that are numbers as floats, where a column has an empty cell
                 slide_id = cell.removesuffix(".0") if re.fullmatch(r"\d+\.0", cell) else cell
                 if slide_id in parts:

@@ -16,7 +16,7 @@ import tifffile
 
 from preprocessing.errors import SlideError
 
-OUTLINES, PICTURES = (".geojson", ".json"), (".png", ".tif", ".tiff")
+OUTLINES = (".geojson", ".json")  # else it is a picture
 ASPECT_TOLERANCE = 0.02  # by which the proportions of a picture may differ from the slide's
 TISSUE = {"objectType": "annotation", "classification": {"name": "Tissue", "color": [0, 160, 0]}}
 

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,33 @@ import slidestore.settings, slidestore.warm_start
 
 
 def test_no_file_is_too_long_to_read_in_one_sitting() -> None:
-    for package in FORBIDDEN:
-        for path in (ROOT / package).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 400, path
+    """Code of any kind; not the schema, which is looked up key by key, nor the viewer's OpenSeadragon."""
+    code = {".py", ".smk", ".j2", ".js", ".css", ".html"}
+    for folder in (*FORBIDDEN, "benchmarks", "tests", "workflow"):
+        for path in (path for path in (ROOT / folder).rglob("*") if path.suffix in code):
+            if "openseadragon" not in path.parts:
+                assert len(path.read_text().splitlines()) <= 400, path
+
+
+def test_no_module_needs_one_that_needs_it() -> None:
+    """Each can be read after those that it imports. What is imported inside a function counts, too; a package's face,
+    `__init__`, and its command line, `__main__`, do not: they name what is below them."""
+    graph = {module: modules for package in FORBIDDEN for module, modules in imports_of(package).items()}
+    TopologicalSorter(graph).prepare()  # CycleError names the circle
+
+
+def imports_of(package: str) -> dict[str, set[str]]:
+    """Module -> modules of the project."""
+    found = {}
+    for path in (ROOT / package).rglob("*.py"):
+        if path.stem not in ("__init__", "__main__"):
+            names = set()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Import):
+                    names |= {alias.name for alias in node.names}
+                elif isinstance(node, ast.ImportFrom) and node.module:
+                    names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            files = {name: ROOT / Path(*name.split(".")).with_suffix(".py") for name in names}
+            module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found[module] = {name for name, file in files.items() if file.is_file()}
+    return found

@@ -8,7 +8,8 @@ from typing import Any
 from gmmamba.inference.model_file import load_ensemble
 from gmmamba.inference.pipeline import InferenceError
 from gmmamba.inference.predict import predict_slides
-from gmmamba.inference.slides import Preparation, list_slides
+from gmmamba.inference.preparation import Preparation
+from gmmamba.new_slides import list_slides
 from gmmamba.prediction import choose_device
 from slidestore.atomic import replace_when_whole
 

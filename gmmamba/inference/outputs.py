@@ -18,8 +18,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,18 +29,54 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from gmmamba import __version__
+from gmmamba.cohort import Slide
+from gmmamba.data import LabelledBag
+from gmmamba.inference.explain import Contributions
 from gmmamba.inference.model_file import Ensemble
 from gmmamba.inference.ome import raster, write_ome
 from gmmamba.inference.pictures import SlideMap, attention_colours, contribution_colours, group_colour
+from gmmamba.inference.preparation import Preparation
 from gmmamba.inference.qupath import collection, feature, group_outlines, patch_boxes
-from gmmamba.inference.slides import Preparation
 from slidestore import content_digest
 from slidestore.atomic import replace_when_whole
 
-if TYPE_CHECKING:
-    from gmmamba.inference.predict import Prediction
-
 HIGHEST, LOWEST = (213, 94, 0), (0, 114, 178)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the models of an ensemble say of one slide.
+
+    logits (M, C) float32, probabilities (M, C) float64 of the M models; attention (N,) the mean of theirs, each summing
+    to 1, or None; kept (N,) the share of models whose mask kept the patch, None without masks. target: the class that
+    contributions and evidence are of, the second of two, else the predicted one. contributions: one a model, empty if
+    not asked for; evidence (N,), group_contributions, by group: means over the models.
+    """
+
+    slide: Slide
+    bag: LabelledBag
+    logits: NDArray[np.float32]
+    probabilities: NDArray[np.float64]
+    attention: NDArray[np.float64] | None
+    kept: NDArray[np.float64] | None
+    target: int
+    contributions: list[Contributions]
+    evidence: NDArray[np.float64] | None
+    group_contributions: dict[int, float]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Probabilities (C,)."""
+        return self.probabilities.mean(axis=0)
+
+    @property
+    def predicted(self) -> int:
+        return int(self.mean.argmax())
+
+    @property
+    def contribution(self) -> NDArray[np.float64] | None:
+        """(N,), the mean over the models."""
+        return np.mean([found.values for found in self.contributions], axis=0) if self.contributions else None
 
 
 def write_slide(

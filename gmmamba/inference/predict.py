@@ -1,6 +1,6 @@
 """predict: the probabilities of new slides by a trained experiment, and what they come from.
 
-Reads a trained experiment (model_file.py) and slides; prepares them (slides.py), or takes what is prepared. Writes
+Reads a trained experiment (model_file.py) and slides; prepares them (preparation.py), or takes what is prepared. Writes
   predictions.csv   a row a slide: `slide_id, path, status, reason, [true,] predicted`, prob_<class> (mean over the
                     models), `agreement` (share of the models whose class is the predicted one), `models, n_patches,
                     mpp, in_training, warnings`; a failed slide has its reason
@@ -14,7 +14,6 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,53 +27,21 @@ from tqdm import tqdm
 from gmmamba.cohort import Slide
 from gmmamba.data import BagReader, LabelledBag
 from gmmamba.grouping import group_coords, group_features, parse_grouping
-from gmmamba.inference.explain import Contributions, group_contributions, patch_contributions, patch_evidence
+from gmmamba.inference.explain import (
+    group_contributions,
+    patch_contributions,
+    patch_evidence,
+)
 from gmmamba.inference.model_file import Ensemble
-from gmmamba.inference.outputs import write_slide
+from gmmamba.inference.outputs import Prediction, write_slide
 from gmmamba.inference.pipeline import InferenceError, slide_mark
-from gmmamba.inference.slides import Preparation
+from gmmamba.inference.preparation import Preparation
 from gmmamba.models.bag import MILOutput
 from gmmamba.prediction import choose_device, make_repeatable
 from slidestore import SlideStore, open_store
 from slidestore.atomic import replace_when_whole
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What the models of an ensemble say of one slide.
-
-    logits (M, C) float32, probabilities (M, C) float64 of the M models; attention (N,) the mean of theirs, each summing
-    to 1, or None; kept (N,) the share of models whose mask kept the patch, None without masks. target: the class that
-    contributions and evidence are of, the second of two, else the predicted one. contributions: one a model, empty if
-    not asked for; evidence (N,), group_contributions, by group: means over the models.
-    """
-
-    slide: Slide
-    bag: LabelledBag
-    logits: NDArray[np.float32]
-    probabilities: NDArray[np.float64]
-    attention: NDArray[np.float64] | None
-    kept: NDArray[np.float64] | None
-    target: int
-    contributions: list[Contributions]
-    evidence: NDArray[np.float64] | None
-    group_contributions: dict[int, float]
-
-    @property
-    def mean(self) -> NDArray[np.float64]:
-        """Probabilities (C,)."""
-        return self.probabilities.mean(axis=0)
-
-    @property
-    def predicted(self) -> int:
-        return int(self.mean.argmax())
-
-    @property
-    def contribution(self) -> NDArray[np.float64] | None:
-        """(N,), the mean over the models."""
-        return np.mean([found.values for found in self.contributions], axis=0) if self.contributions else None
 
 
 def predict_slides(

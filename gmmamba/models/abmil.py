@@ -1,4 +1,4 @@
-"""ABMIL: attention-based pooling (Ilse, Tomczak and Welling, ICML 2018; BASELINES.md, section 1).
+"""ABMIL: attention-based pooling (Ilse, Tomczak and Welling, ICML 2018).
 
 Shapes: N instances, D feature width, M embedding width, L attention width, K rows of attention, C classes.
 """

@@ -1,5 +1,5 @@
 """ACMIL: several attention branches kept apart, and their strongest instances masked at random (Zhang et al., ECCV
-2024; BASELINES.md, section 9).
+2024).
 
 Shapes: N instances, D feature width, M embedding width, L attention width, C classes, K branches, H heads (1 for gated
 attention).

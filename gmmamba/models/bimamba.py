@@ -1,4 +1,4 @@
-"""The Mamba mixer: one scan over packed groups, or one in each direction (GMMAMBA.md, section 3).
+"""The Mamba mixer: one scan over packed groups, or one in each direction (Zheng et al., ICCV 2025).
 
 Shapes: N instances in packed order, G groups, D model width, E = 2 D inner width, S state size, R rank of dt,
 K branches.

@@ -1,5 +1,5 @@
 """CLAM: attention pooling with an instance loss on what the attention ranks highest and lowest (Lu et al., Nature
-Biomedical Engineering 2021; BASELINES.md, section 2).
+Biomedical Engineering 2021).
 
 Shapes: N instances, D feature width, M embedding width, L attention width, C classes, K rows of attention (1 or C),
 k instances of each end.

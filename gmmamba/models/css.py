@@ -1,4 +1,4 @@
-"""Cross-group super-feature sampling: what the groups say together, written back to each (GMMAMBA.md, section 4).
+"""Cross-group super-feature sampling: what the groups say together, written back to each (Zheng et al., ICCV 2025).
 
 Shapes: G groups, D width.
 """

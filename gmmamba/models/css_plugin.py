@@ -1,5 +1,5 @@
-"""CSS as a plug-in: any method that encodes a bag, on each group, and CSS and the token classifier above (GMMAMBA.md,
-section 6).
+"""CSS as a plug-in: any method that encodes a bag, on each group, and CSS and the token classifier above (Zheng et al.,
+ICCV 2025).
 
 Shapes: N instances, G groups, M width of the host's feature, C classes.
 """

@@ -1,5 +1,4 @@
-"""DSMIL: two streams, the best instance of each class and what resembles it (Li, Li and Eliceiri, CVPR 2021;
-BASELINES.md, section 3).
+"""DSMIL: two streams, the best instance of each class and what resembles it (Li, Li and Eliceiri, CVPR 2021).
 
 Shapes: N instances, D feature width, L query width, C classes.
 """

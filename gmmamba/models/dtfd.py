@@ -1,5 +1,5 @@
 """DTFD-MIL: a slide as several pseudo-bags, pooled, and their distilled instances pooled again (Zhang et al., CVPR
-2022; BASELINES.md, section 5).
+2022).
 
 Shapes: N instances, D feature width, M embedding width, L attention width, C classes, G pseudo-bags, k instances of
 each end of a pseudo-bag, R distilled rows.

@@ -1,5 +1,4 @@
-"""IBMIL: attention pooling, deconfounded by a dictionary of slide features (Lin et al., CVPR 2023; BASELINES.md,
-section 7).
+"""IBMIL: attention pooling, deconfounded by a dictionary of slide features (Lin et al., CVPR 2023).
 
 Shapes: N instances, D feature width, K confounders, L query width, C classes.
 """

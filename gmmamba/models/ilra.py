@@ -1,5 +1,5 @@
 """ILRA-MIL: instances talk to a few latent vectors and back, then a learned query pools them (Xiang and Zhang, ICLR
-2023; BASELINES.md, section 8).
+2023).
 
 Shapes: N instances, D feature width, M model width, r latent vectors (the rank), C classes.
 """

@@ -1,4 +1,4 @@
-"""Intra-group masking Mamba: each group of instances becomes one feature (GMMAMBA.md, section 2).
+"""Intra-group masking Mamba: each group of instances becomes one feature (Zheng et al., ICCV 2025).
 
 Shapes: N instances in packed order (groups one behind the other), G groups, D width, M instances kept.
 """

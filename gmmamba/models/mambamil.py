@@ -1,5 +1,4 @@
-"""MambaMIL: Mamba over the slide's patches, and over a strided re-ordering of them (Yang, Wang and Chen, MICCAI 2024;
-BASELINES.md, section 11).
+"""MambaMIL: Mamba over the slide's patches, and over a strided re-ordering of them (Yang, Wang and Chen, MICCAI 2024).
 
 Shapes: N instances, D feature width, M embedding width, E = 2 M inner width, C classes.
 """

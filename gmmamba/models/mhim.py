@@ -1,5 +1,4 @@
-"""MHIM-MIL: a student learns from the patches that its teacher finds hard (Tang et al., ICCV 2023; BASELINES.md,
-section 6).
+"""MHIM-MIL: a student learns from the patches that its teacher finds hard (Tang et al., ICCV 2023).
 
 Shapes: N instances, D feature width, M embedding width, H heads (1 for abmil), C classes.
 """

@@ -1,5 +1,5 @@
 """S4MIL: a diagonal state space layer over the slide's patches (Fillioux et al., MICCAI 2023; S4D of Gu et al.,
-NeurIPS 2022; BASELINES.md, section 10).
+NeurIPS 2022).
 
 Shapes: N instances, D feature width, M embedding width, n complex modes a channel, C classes.
 """

@@ -40,7 +40,7 @@ def selective_scan(
     reverse: Sequence[bool] = (False, True),
     backend: str = "auto",
 ) -> Tensor:
-    """y of  s_t = exp(dt_t A) * s_{t-1} + dt_t B_t u_t,  y_t = C_t . s_t + D u_t  (GMMAMBA.md, section 3).
+    """y of  s_t = exp(dt_t A) * s_{t-1} + dt_t B_t u_t,  y_t = C_t . s_t + D u_t  (Gu and Dao, 2023).
 
     Args:
         u: (K, N, E) inputs after convolution and SiLU, rows in packed order for every direction.

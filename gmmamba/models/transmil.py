@@ -1,4 +1,4 @@
-"""TransMIL: a transformer over the slide's patches (Shao et al., NeurIPS 2021; BASELINES.md, section 4).
+"""TransMIL: a transformer over the slide's patches (Shao et al., NeurIPS 2021).
 
 Shapes: N instances, D feature width, M embedding width, C classes, H heads, s side of the square.
 """

@@ -1,4 +1,4 @@
-"""Replays the cases of GMMamba itself and of its BiMamba (GMMAMBA.md, section 9)."""
+"""Replays the cases of GMMamba itself and of its BiMamba."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def precisions(scan: str) -> list[tuple[str, torch.dtype]]:
 
 
 def replay_gmmamba(folder: Path, name: str, case: Mapping[str, Any], scan: str, device: str) -> Checks:
-    """One whole model: groups, weights, every intermediate quantity, loss, gradients (GMMAMBA.md, section 9)."""
+    """One whole model: groups, weights, every intermediate quantity, loss, gradients."""
     inputs, reference = (dict(np.load(folder / f"{name}_{part}.npz")) for part in ("inputs", "outputs"))
     labels = group_coords(inputs["coords"], "location", case["groups"])
     yield Check("kmeans", "", float((labels != inputs["kmeans_labels"]).sum()), 0)
@@ -85,7 +85,7 @@ def gmmamba_tolerance(key: str, precision: str, reference: Array, own_error: flo
 
 
 def gmmamba_weight(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """The weight rule of GMMAMBA.md, section 9."""
+    """The rule that the cases' weights are made by."""
     rs = np.random.RandomState((zlib.crc32(name.encode()) + seed) % 2**32)
     z = rs.standard_normal(shape)
     if name.endswith(("A_log", "A_b_log")):

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def mixer(n: int, width: int = 512, state: int = 16) -> int:
-    """GMMAMBA.md, section 8: a BiMamba on n instances; and D u of both scans."""
+    """Counted by hand: a BiMamba on n instances; and D u of both scans."""
     inner, rank = 2 * width, width // 16
     products = width * 2 * inner + 2 * inner * (rank + 2 * state) + 2 * rank * inner + inner * width
     return 2 * n * products + 2 * (9 * n * inner * state + 2 * n * inner)
@@ -42,7 +42,7 @@ def test_flops_of_a_fourier_transform() -> None:
 def test_one_method_is_measured_in_a_process_of_its_own_which_ends_in_time() -> None:
     options = argparse.Namespace(device="cpu", threads=1, repeats=1, limit=200)
     found = cost.measure_limited("abmil", 100, options)
-    assert found["parameters"] == 395_139  # BASELINES.md, 13.1
+    assert found["parameters"] == 395_139  # as measured of its published code
     assert found["flops"] == pytest.approx(0.788e8, rel=1e-2)
     assert found["seconds"] > 0
     options.limit = 0.1

@@ -60,7 +60,7 @@ def test_costly_cells_are_left_out_by_extrapolation() -> None:
 
 @pytest.mark.parametrize("train", [False, True])
 def test_the_floor_counts_every_matrix_product(train: bool) -> None:
-    def mixer(n: int) -> int:  # GMMAMBA.md, section 8
+    def mixer(n: int) -> int:  # 2 FLOPs a multiply-add
         return 2 * n * 512 * 2048 + 4 * n * 1024 * 64 + 4 * n * 32 * 1024 + 2 * n * 1024 * 512
 
     def head(n: int) -> int:

@@ -18,7 +18,7 @@ import yaml
 
 from benchmarks.faults import outputs
 from tests.cluster.slurm import Cluster, slurm_cluster
-from tests.workflow.test_workflow import CONFIG, write_cohort
+from tests.workflow.project import CONFIG, write_cohort
 
 pytestmark = pytest.mark.slurm
 

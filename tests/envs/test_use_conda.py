@@ -17,7 +17,7 @@ import yaml
 
 from tests.envs.conda import build_channels, install_conda
 from tests.envs.files import CONDA_NAMES, FILES, ROOT, read
-from tests.workflow.test_workflow import CODE, CONFIG, write_cohort
+from tests.workflow.project import CODE, CONFIG, write_cohort
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ import pytest
 from gmmamba.foci import FociError, Focus, read_foci
 from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.pipeline import InferenceError
-from gmmamba.inference.slides import Preparation, SlidesError, list_slides
+from gmmamba.inference.preparation import Preparation
+from gmmamba.new_slides import SlidesError, list_slides
 from preprocessing.patch_picture import picture_patches
 from slidestore import StoreAttributes, write_store
 
@@ -131,8 +132,10 @@ def test_slides_left_without_a_tile_record_stop_no_picture(tmp_path: Path) -> No
     [
         ("slide_id\na\n", "no column 'path'"),
         ("path\n", "it lists no slide"),
+        ("path,slide_id\n\nx.svs,a\n", "line 3: slide a: no such file"),
+        ("path\nx.svs,a\n", "more cells than the first one has names"),
         ("path,slide_id\nx.svs,a\nx.svs,a\n", "line 2: slide a: no such file: .*line 3: slide_id 'a' stands in line 2"),
-        ("path,mpp\ns.csv,big\n", "line 2: mpp or magnification of slide s.csv is not a number"),
+        ("path,mpp\ns.csv,big\n", "line 2: slide s.csv: 'big' is not a number"),
     ],
 )
 def test_bad_sheets_are_refused_by_line(tmp_path: Path, text: str, message: str) -> None:

@@ -12,7 +12,7 @@ from gmmamba.__main__ import main
 from gmmamba.config import ConfigError, load_config
 from gmmamba.split_files import PARTS, SplitError, read_clam, read_own, write_clam, write_own
 from gmmamba.splits import SplitSettings, split_dataset
-from tests.gmmamba.test_config import good_config, write_sheet
+from tests.gmmamba.configs import good_config, write_sheet
 
 CLASSES = ["normal", "tumour"]
 

@@ -16,7 +16,7 @@ from PIL import Image
 from slidestore import open_store
 from tests.slides import tissue, write_aperio
 from tests.slidestore.foreign_files import bag, grid, write_clam, write_trident
-from tests.workflow.test_workflow import edit, plan, snakemake
+from tests.workflow.project import edit, fail, finish, plan
 
 SLIDES = [f"s{i}" for i in range(12)]
 BAD = "s11"
@@ -74,14 +74,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_clam(project / "clam", name, grid(step=1024), bag())
     (project / "c.csv").write_text("slide_id,patient_id,label,path\nx0,px0,a,x 0.svs\nx1,px1,b,x 1.svs\n")
     (project / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    run = snakemake(project, "--show-failed-logs")
-    assert run.returncode == 0, run.stdout + run.stderr
+    finish(project)
     return project
-
-
-@pytest.fixture
-def project(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "project", symlinks=True))
 
 
 def test_every_slide_is_accounted_for(finished: Path) -> None:
@@ -130,8 +124,7 @@ def test_other_patches_fail_the_encoder_that_has_not_got_them(project: Path) -> 
     write_trident(project / "new", "s3", grid()[:-1], bag(11), level0_width=2048, level0_height=1536)
     shutil.copy(project / "new/features_uni_v1/s3.h5", features)
     store = "results/t/features/uni-pt/s3.zarr.zip"
-    run = snakemake(project, "--show-failed-logs", store)
-    assert run.returncode == 0, run.stdout + run.stderr
+    finish(project, store)
     failure = open_store(project / store).attributes.failure
     assert failure is not None
     assert "s3.pt: its patches are not those of " in failure["reason"]
@@ -146,8 +139,5 @@ def test_an_experiment_runs_no_import(project: Path) -> None:
 
 def test_a_missing_file_stops_before_any_job(project: Path) -> None:
     (project / "clam/patches/x 1.h5").unlink()
-    run = snakemake(project)
-    assert run.returncode != 0
-    assert (
-        "c.csv, line 3: slide x1: no such file: clam/patches/x 1.h5 (cohorts.c.features.uni" in run.stdout + run.stderr
-    )
+    said = fail(project)
+    assert "c.csv, line 3: slide x1: no such file: clam/patches/x 1.h5 (cohorts.c.features.uni" in said

@@ -1,4 +1,4 @@
-"""New slides: which there are, and their way to features by the preprocessing command line.
+"""The way of new slides to features, by the preprocessing command line.
 
 Writes below the output folder what the Snakemake stages write below a cohort's:
   tiles/{slide}.npy, .json, .thumbnail.jpg, .mask.png, .geojson   and   features/{encoder}/{slide}.zarr.zip
@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
+from tqdm import tqdm
 
-from gmmamba.cohort import MASK_SUFFIXES, SAFE_ID, Slide
-from gmmamba.sheets import PREPARATION, SLIDE_SUFFIXES, find_slides, safe_ids
+from gmmamba.cohort import Slide
+from gmmamba.new_slides import SlidesError
+from gmmamba.sheets import PREPARATION
 from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
 from slidestore.warm_start import OWNER
@@ -28,84 +29,6 @@ from slidestore.warm_start import OWNER
 ROOT = Path(__file__).parents[2]
 COHORT = "new"  # in the records of what is prepared here
 COORDS_AND_RECORD = {"coords": ".npy", "record": ".json"}
-
-
-class SlidesError(StoreError):
-    """Slides that cannot be listed or prepared; the message names what, and the remedy."""
-
-
-class NoSlidesError(SlidesError):
-    """A folder in which there is no slide."""
-
-
-def list_slides(source: Path, mpp: float | None = None) -> list[Slide]:
-    """The slides to predict: of a slide's file, a folder (searched through; folders of .dcm files are slides), or a
-    sheet.
-
-    A sheet is a CSV with the column `path`, relative to it, and optional `slide_id, label, mpp, magnification, mask,
-    exclude` as in a cohort's. Raises SlidesError for a source without slides and for a sheet with errors, all of them
-    named by line. Files are not opened. mpp: of level 0, in µm per pixel, for slides whose row gives none.
-    """
-    if source.suffix.lower() == ".csv":
-        return _of_sheet(source, mpp)
-    if not source.exists():
-        raise SlidesError(f"{source} does not exist: give a slide, a folder of slides, or a sheet (.csv)")
-    if source.is_dir():
-        dicom = sorted({path.parent for path in source.rglob("*.dcm")})
-        paths = sorted([*find_slides(source).slides, *dicom])
-    else:
-        paths = [source]
-    if not paths:
-        raise NoSlidesError(f"{source} holds no slide ({', '.join(SLIDE_SUFFIXES)}, or folders of .dcm files)")
-    ids = safe_ids([path.name for path in paths])
-    return [_slide(name, path, mpp, "config") for name, path in zip(ids, paths, strict=True)]
-
-
-def _slide(
-    slide_id: str, path: Path, mpp: float | None, source: str, line: int = 0, label: str = "", mask: Path | None = None
-) -> Slide:
-    source_of_mpp = None if mpp is None else source
-    return Slide(slide_id, slide_id, label, path, line, mpp, source_of_mpp, "", "", "", mask, {})
-
-
-def _of_sheet(sheet: Path, general_mpp: float | None) -> list[Slide]:
-    try:
-        table = pd.read_csv(sheet, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise SlidesError(f"{sheet} does not exist") from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise SlidesError(f"{sheet} is not a CSV file in UTF-8: {error}") from error
-    if "path" not in table:
-        raise SlidesError(f"{sheet} has no column 'path', but {', '.join(map(str, table.columns))}")
-    rows = [(i + 2, {k: v.strip() for k, v in row.items()}) for i, row in enumerate(table.to_dict("records"))]
-    rows = [(line, row) for line, row in rows if row.get("exclude", "").lower() in ("", "0", "no", "false")]
-    ids = safe_ids([Path(row["path"]).name for _, row in rows])
-    slides: dict[str, Slide] = {}
-    problems = []
-    for (line, row), from_name in zip(rows, ids, strict=True):
-        slide_id, place, mpp, said_by = row.get("slide_id") or from_name, f"line {line}", general_mpp, "config"
-        path, mask = sheet.parent / row["path"], sheet.parent / row["mask"] if row.get("mask") else None
-        try:
-            if row.get("mpp"):
-                mpp, said_by = float(row["mpp"]), "sheet"
-            elif row.get("magnification"):
-                mpp, said_by = 10 / float(row["magnification"]), "sheet"
-        except (ValueError, ZeroDivisionError):
-            problems.append(f"{place}: mpp or magnification of slide {slide_id} is not a number")
-        if not row["path"] or not path.exists():
-            problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
-        if not SAFE_ID.fullmatch(slide_id):
-            problems.append(f"{place}: slide_id {slide_id!r} must be made of letters, digits, '.', '_' and '-'")
-        if slide_id in slides:
-            problems.append(f"{place}: slide_id {slide_id!r} stands in line {slides[slide_id].line} already")
-        if mask and (mask.suffix.lower() not in MASK_SUFFIXES or not mask.is_file()):
-            problems.append(f"{place}: mask {mask} is no {', '.join(MASK_SUFFIXES)} file")
-        slides[slide_id] = _slide(slide_id, path, mpp, said_by, line, row.get("label", ""), mask)
-    if not rows:
-        problems.append("it lists no slide")
-    if problems:
-        raise SlidesError(f"{sheet} cannot be used: {'; '.join(problems)}")
-    return list(slides.values())
 
 
 @dataclass(frozen=True)
@@ -156,8 +79,6 @@ class Preparation:
 
         Raises SlidesError where it is the encoder that cannot be used: no slide will do better.
         """
-        from tqdm import tqdm  # Snakemake, which lists slides by this module, has none in its environment
-
         self.begin()
         problems = {}
         for slide in tqdm(slides, "tiling", unit="slide", disable=None):
@@ -213,8 +134,6 @@ class Preparation:
 
     def _encode(self, slides: Sequence[Slide]) -> tuple[int, str]:
         """Encode tiled slides in one process; its exit status, and why slides have no store if they have none."""
-        from tqdm import tqdm
-
         jobs = []
         for slide in slides:
             self.store(slide.slide_id).unlink(missing_ok=True)
