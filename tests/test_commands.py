@@ -189,7 +189,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_tables(folder: Path) -> None:
-    """Slides, which are empty files, and a label table; sheets of the paper's cohorts, but for the one that a page makes."""
+    """Empty files as slides, a label table, and sheets of the paper's cohorts but for the one that a page makes."""
     (folder / "slides").mkdir()
     names = [f"TCGA-A{i % 5}-A{i:03}-01Z-00-DX1.{i:08}" for i in range(60)]
     for name in names:
