@@ -30,9 +30,9 @@ def parser() -> argparse.ArgumentParser:
     from gmmamba import __version__, split_commands
     from gmmamba.inference.cli import add_commands
 
-    main = argparse.ArgumentParser(prog="gmmamba", description=(__doc__ or "").split("\n")[0])
-    main.add_argument("--version", action="version", version=f"gmmamba {__version__}")
-    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
+    parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_text, description=help_text)
@@ -156,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
     sub.add_argument("--device", default="cpu")
-    return main
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
