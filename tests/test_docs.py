@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 import slidestore
+from gmmamba.config_checks import schema_problems
 from gmmamba.evaluation import Evaluation
 from gmmamba.models import MODELS
 from gmmamba.protocol import TrainingSettings
 from preprocessing.encoders import EncoderSettings
 from preprocessing.tile import TilingSettings
+from tests.docs import FENCE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -108,6 +110,16 @@ def test_the_reference_has_every_setting_with_its_default_and_meaning(reference:
     assert {"split.validation", "features.<name>.patches", "<name>", "title", "min_sharpness"} <= {
         key for key, *_ in rows
     }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_examples_are_configurations(page: Path) -> None:
+    """But for those that begin with a space: parts of a larger one."""
+    schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+    minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
+    for _, language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml" and not code.startswith(" "):
+            assert list(schema_problems(minimal | yaml.safe_load(code), schema, schema)) == []
 
 
 def test_no_description_of_the_schema_is_cut_at_a_comma() -> None:
