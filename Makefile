@@ -6,7 +6,7 @@ CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
 # On a terminal, bars instead of lines for every job
 SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(shell test -t 2 && echo --logger rich || echo --quiet rules)
 
-.PHONY: demo test test-slow test-browser test-slurm lint bench clean
+.PHONY: demo test test-slow test-browser test-slurm lint docs bench clean
 
 demo: $(VENV)/installed results/demo/cohort/slides.csv
 	$(SNAKEMAKE)
@@ -34,6 +34,11 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check Snakefile workflow
 
+# Every link must lead somewhere, or it fails; build/site/index.html opens from disk. Nothing is fetched.
+docs: $(VENV)/installed
+	$(BIN)/python docs/site/pages.py build/docs
+	$(BIN)/zensical build --strict --clean
+
 # Hours on two cores; a short run: .venv/bin/python -m benchmarks.model --sizes 1000,4000 --groups 10
 bench: $(VENV)/installed
 	$(BIN)/python -m benchmarks.model --write docs/performance.md
@@ -59,4 +64,4 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf results .snakemake
+	rm -rf results .snakemake build

@@ -30,8 +30,7 @@ MODELLING = [
 """What training and prediction import sooner or later: ten seconds of CPU."""
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
+def parser() -> argparse.ArgumentParser:
     from gmmamba import __version__, split_commands
     from gmmamba.inference.cli import add_commands
 
@@ -166,9 +165,13 @@ def main(arguments: list[str] | None = None) -> int:
     sub.add_argument("folder", type=Path)
     sub.add_argument("--scan", default="auto", help="backend of the selective scan (default: that of the device)")
     sub.add_argument("--device", default="cpu")
+    return parser
 
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one subcommand; 0 if it did its work, 1 where the user has something to mend."""
     start = time.monotonic()
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     if options.preload and arguments is None:
         status = run_warm("gmmamba", sys.argv[1:], options.preload)
         if status is not None:

@@ -1,11 +1,55 @@
-"""The examples of docs/, for tests that run them."""
+"""What stands in the pages for people, for tests that run it: examples and commands."""
 
 import re
+import shlex
+from dataclasses import dataclass
 from pathlib import Path
 
-DOCS = Path(__file__).parents[1] / "docs"
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
+PROGRAMS = "gmmamba|snakemake|python|make|pytest|uv|conda|apptainer|git|pip|pipx|pre-commit|squeue|sinfo|ssh|py-spy"
 
 
 def code_blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language in docs/{page}."""
-    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return [code for _, name, code in FENCE.findall(text) if name == language]
+
+
+@dataclass(frozen=True)
+class Snippet:
+    """A block of sh, or a command in a line, which may be a mention only: `gmmamba train`."""
+
+    page: str
+    text: str
+    block: bool
+
+    def commands(self) -> list[list[str]]:
+        """Its words, command by command, without settings of the environment, folders of programs and redirections."""
+        found: list[list[str]] = []
+        for line in self.text.replace("\\\n", " ").splitlines():
+            lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+            lexer.whitespace_split = True
+            found.append([])
+            for word in lexer:
+                if set(word) <= set("();&|"):
+                    found.append([])
+                elif found[-1] or not re.match(r"\w+=", word):
+                    found[-1].append(word)
+        commands = [words[: words.index(">")] if ">" in words else words for words in found]
+        return [[re.sub(r"^\S*bin/", "", words[0]), *words[1:]] for words in commands if words]
+
+
+def snippets() -> list[Snippet]:
+    """Every one of README, CONTRIBUTING and docs/, page by page, in order."""
+    found = []
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]:
+        text = page.read_text(encoding="utf-8")
+        name = page.relative_to(ROOT).as_posix()
+        for part in re.finditer(FENCE.pattern + r"|`([^`\n]+)`", text, FENCE.flags):
+            if part[2] == "sh":
+                found.append(Snippet(name, part[3], block=True))
+            elif part[4] and re.match(rf"(\w+=\S* )*(\S*bin/)?({PROGRAMS}) |\.ci/run", part[4]):
+                found.append(Snippet(name, part[4], block=False))
+    return found

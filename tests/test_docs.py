@@ -1,14 +1,23 @@
-"""The pages for people: no link leads to nowhere, and what is cited is this version."""
+"""The pages for people: no link leads to nowhere, the site has all of them, what is cited is this version."""
 
+import dataclasses
 import re
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 import slidestore
+from gmmamba.config_checks import schema_problems
+from gmmamba.evaluation import Evaluation
+from gmmamba.models import MODELS
+from gmmamba.protocol import TrainingSettings
+from preprocessing.encoders import EncoderSettings
+from preprocessing.tile import TilingSettings
+from tests.docs import FENCE
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -66,6 +75,63 @@ def test_a_dead_link_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         "[d](../outside.md) [e](#nothing) [f](https://example.org/x.md) `[g](code.md)`\n```\n[h](block.md)\n```\n"
     )
     assert dead_links(page) == ["gone.jpg", "there.md#same-2", "../outside.md", "#nothing"]
+
+
+@pytest.fixture
+def reference(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(ROOT / "docs/site")
+    import reference
+
+    return reference
+
+
+def named(nav: Any) -> list[str]:
+    """The pages of a `nav`, which nests lists and dicts."""
+    if isinstance(nav, str):
+        return [nav]
+    return [page for part in (nav.values() if isinstance(nav, dict) else nav) for page in named(part)]
+
+
+def test_every_page_is_in_the_navigation(reference: Any) -> None:
+    nav = named(yaml.load((ROOT / "mkdocs.yml").read_text(), yaml.BaseLoader)["nav"])
+    assert Counter(nav) == Counter([*(page.relative_to(ROOT).as_posix() for page in PAGES), *reference.pages()])
+
+
+def test_the_reference_has_every_setting_with_its_default_and_meaning(reference: Any) -> None:
+    rows = re.findall(r"^\| `(\S+)` \| (.*?) \| (.*?) \| (.*) \|$", reference.configuration(), re.MULTILINE)
+    assert all(meaning for *_, meaning in rows)
+    listed = {(key, default) for key, _, default, _ in rows}
+    for settings in (TilingSettings, EncoderSettings, TrainingSettings, Evaluation):
+        for field in dataclasses.fields(settings):
+            if field.name != "name" and field.default not in (dataclasses.MISSING, ()):
+                value = list(field.default) if isinstance(field.default, tuple) else field.default
+                assert (field.name, f"`{reference.written(value)}`") in listed, field.name
+    assert {f"### {method}" for method in MODELS} <= set(reference.configuration().splitlines())
+    assert {"split.validation", "features.<name>.patches", "<name>", "title", "min_sharpness"} <= {
+        key for key, *_ in rows
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_the_examples_are_configurations(page: Path) -> None:
+    """But for those that begin with a space: parts of a larger one."""
+    schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
+    minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
+    for _, language, code in FENCE.findall(page.read_text(encoding="utf-8")):
+        if language == "yaml" and not code.startswith(" "):
+            assert list(schema_problems(minimal | yaml.safe_load(code), schema, schema)) == []
+
+
+def test_no_description_of_the_schema_is_cut_at_a_comma() -> None:
+    """In YAML's braces a comma ends an unquoted text: what follows is a key without a value."""
+
+    def stray(node: Any) -> list[str]:
+        if not isinstance(node, dict):
+            return [key for child in node for key in stray(child)] if isinstance(node, list) else []
+        return [key for key, value in node.items() if value is None and key != "default"] + stray(list(node.values()))
+
+    assert stray(yaml.safe_load("{a: {description: Half, cut}}")) == ["cut"]
+    assert stray(yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())) == []
 
 
 def test_the_citation_is_of_this_version() -> None:

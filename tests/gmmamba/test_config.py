@@ -234,13 +234,6 @@ def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
 
 
-@pytest.mark.parametrize("page", ["encoders.md", "interop.md", "statistics.md"])
-def test_the_docs_examples_are_configurations(page: str) -> None:
-    example = yaml.safe_load(code_blocks(page, "yaml")[0])
-    minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
-    assert list(schema_problems(minimal | example, SCHEMA, SCHEMA)) == []
-
-
 METHODS = {name: schema for name, schema in SCHEMA["$defs"]["methods"].items() if isinstance(schema, dict)}
 
 
