@@ -184,7 +184,9 @@ def main(arguments: list[str] | None = None) -> int:
             logging.getLogger("gmmamba").info("%.1f s, %s", time.monotonic() - start, usage())
         return status
     except user_errors() as error:
-        print(f"gmmamba {options.command}: {error}", file=sys.stderr)
+        at_fault = getattr(error, "filename", None)  # of what the system refuses; else the message names it
+        said = f"{at_fault}: {error.strerror}" if at_fault and isinstance(error, OSError) else error
+        print(f"gmmamba {options.command}: {said}", file=sys.stderr)
         return 1
 
 
@@ -200,7 +202,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError,
-        FileNotFoundError, FloatingPointError,
+        FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FloatingPointError,
     )  # fmt: skip
 
 

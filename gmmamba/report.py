@@ -27,7 +27,15 @@ import pandas as pd
 
 from gmmamba import __version__, charts, figures
 from gmmamba.evaluation import Evaluation, probabilities_of
-from gmmamba.report_runs import Run, check_complete, of_runs, pooled_predictions, read_metrics, read_runs
+from gmmamba.report_runs import (
+    Run,
+    check_complete,
+    check_finished,
+    of_runs,
+    pooled_predictions,
+    read_metrics,
+    read_runs,
+)
 from gmmamba.report_slides import Drawer, attentive, choose_errors, choose_examples
 from gmmamba.report_tables import (
     COUNTS,
@@ -260,7 +268,9 @@ def _template() -> jinja2.Template:
 
 
 def summary(folder: Path) -> None:
-    """Print the result table and the accounting of a dataset's folder, and where its report is."""
+    """Print the result table and the accounting of a dataset's folder, and where its report is. Raises FileNotFoundError
+    unless that is finished."""
+    check_finished(folder)
     scores = pd.read_csv(folder / "table.csv")
     counts = pd.read_csv(folder / "accounting.csv")
     shown = [name for name in METRIC_NAMES if not scores[f"{name}_mean"].isna().all()]

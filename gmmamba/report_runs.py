@@ -81,3 +81,16 @@ def called_above(predictions: pd.DataFrame, threshold: float, classes: list[str]
     if len(classes) == 2 and threshold != 0.5:
         return (P[:, 1] > threshold).astype(int)
     return P.argmax(axis=1)
+
+
+def check_finished(folder: Path) -> None:
+    """FileNotFoundError where `folder` is not that of a dataset whose report is finished; it names those near it."""
+    if (folder / "report.json").is_file():
+        return
+    near = [*folder.glob("*/report.json"), *folder.parent.glob("report.json"), *folder.parent.glob("*/report.json")]
+    there = (
+        f": {', '.join(sorted(str(file.parent) for file in near))}" if near else ", such as results/demo after a run"
+    )
+    raise FileNotFoundError(
+        f"{folder} has no report.json: give the folder of a dataset whose report is finished{there}"
+    )

@@ -225,7 +225,7 @@ def open_slide(path: Path, slide_id: str, cohort: str, mpp: float | None = None,
     in_file = [_number(handle, name) for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)]
     file_mpp = sum(in_file) / 2 if in_file[0] and in_file[1] else None  # type: ignore[arg-type]
     where = f"slide {slide_id} ({path})"
-    remedy = f"add an 'mpp' column to the sheet, or set cohorts.{cohort}.mpp"
+    remedy = f"add an 'mpp' column to the sheet, or set cohorts.{cohort}.mpp for all its slides"
     if mpp is None:
         mpp, mpp_source = file_mpp, "file"
     if mpp is None:

@@ -87,7 +87,9 @@ def load_ensemble(path: Path, only: Sequence[str] | None = None, own_code: bool 
         _check_names(path, [run.name for run in runs], only)
         runs = [run for run in runs if run.name in only]
     if not runs:
-        raise InferenceError(f"{path} holds no trained model (fold0_seed0/model.json): train the experiment first")
+        inside = sorted({file.parents[1] for file in path.glob("*/fold*_seed*/model.json")})
+        remedy = f"name one of {', '.join(map(str, inside))}" if inside else "train the experiment first"
+        raise InferenceError(f"{path} holds no trained model (fold0_seed0/model.json): {remedy}")
     home = path if runs != [path] else path.parent
     try:
         pipeline = from_dict(Pipeline, json.loads((home / "pipeline.json").read_text()), str(home / "pipeline.json"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from gmmamba.cohort import Slide, read_sheet
 from gmmamba.evaluation import read_predictions
-from gmmamba.report_runs import called_above, read_metrics, thresholds
+from gmmamba.report_runs import called_above, check_finished, read_metrics, thresholds
 from gmmamba.slide_tables import read_slide_tables
 
 
@@ -71,13 +71,9 @@ class ViewedDataset:
 
 def read_dataset(folder: Path) -> ViewedDataset:
     """The dataset whose results are in `folder`. Raises FileNotFoundError unless its report is finished."""
+    check_finished(folder)
     folder = folder.resolve()
     manifest = folder / "report.json"
-    if not manifest.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no report.json: give the folder of a dataset whose report is finished, such as results/demo "
-            f"(`snakemake results/{folder.name}/report.html` makes it)"
-        )
     made_of = json.loads(manifest.read_text(encoding="utf-8"))
     project = folder.parent.parent
     tested = read_tested(folder, made_of)

@@ -184,6 +184,12 @@ def test_a_file_that_is_no_configuration_is_refused_in_words(
     assert re.search(f"(?s){message}", capsys.readouterr().err)
 
 
+def test_a_path_that_is_none_is_said_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path, why in ((tmp_path / "absent.yaml", "No such file or directory"), (tmp_path, "Is a directory")):
+        assert main(["check-config", str(path)]) == 1
+        assert capsys.readouterr().err == f"gmmamba check-config: {path}: {why}\n"
+
+
 def test_check_config_says_what_is_in_it(
     config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

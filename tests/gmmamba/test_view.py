@@ -301,7 +301,8 @@ def test_what_cannot_be_served_ends_in_one_line(
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         for arguments, why in (
-            ([str(tmp_path)], "has no report.json: give the folder of a dataset whose report is finished"),
+            ([str(tmp_path)], "has no report.json: give the folder of a dataset whose report is finished, such as"),
+            ([str(results.parent)], f"whose report is finished: {results}"),
             ([str(results), "--port", str(taken.getsockname()[1])], "choose others with --host and --port"),
             ([str(results), "--port", "70000"], "choose others with --host and --port"),
             ([str(results), "--host", "no.such.host.invalid"], "choose others with --host and --port"),
