@@ -268,8 +268,10 @@ def _template() -> jinja2.Template:
 
 
 def summary(folder: Path) -> None:
-    """Print the result table and the accounting of a dataset's folder, and where its report is. Raises FileNotFoundError
-    unless that is finished."""
+    """Print the result table and the accounting of a dataset's folder, and where its report is.
+
+    Raises FileNotFoundError unless that is finished.
+    """
     check_finished(folder)
     scores = pd.read_csv(folder / "table.csv")
     counts = pd.read_csv(folder / "accounting.csv")

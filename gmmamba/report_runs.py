@@ -88,9 +88,7 @@ def check_finished(folder: Path) -> None:
     if (folder / "report.json").is_file():
         return
     near = [*folder.glob("*/report.json"), *folder.parent.glob("report.json"), *folder.parent.glob("*/report.json")]
-    there = (
-        f": {', '.join(sorted(str(file.parent) for file in near))}" if near else ", such as results/demo after a run"
-    )
+    there = f": {', '.join(sorted(str(file.parent) for file in near))}" if near else ", such as results/demo"
     raise FileNotFoundError(
         f"{folder} has no report.json: give the folder of a dataset whose report is finished{there}"
     )
