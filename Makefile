@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CORES ?= $(shell nproc 2>/dev/null || sysctl -n hw.ncpu)
-SNAKEMAKE := $(BIN)/snakemake --cores $(CORES)
+# On a terminal, bars instead of lines for every job
+SNAKEMAKE := $(BIN)/snakemake --cores $(CORES) $(shell test -t 2 && echo --logger rich || echo --quiet rules)
 
 .PHONY: demo test test-slow test-browser test-slurm lint docs bench clean
 
 demo: $(VENV)/installed results/demo/cohort/slides.csv
-	$(SNAKEMAKE) --quiet rules --show-failed-logs
+	$(SNAKEMAKE)
 	@$(BIN)/gmmamba summary results/demo
 
 test: $(VENV)/installed

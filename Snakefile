@@ -1,4 +1,5 @@
 # Slides to report. Settings: config.yaml in the working directory, or the file given with --configfile.
+from snakemake.settings.types import DeploymentMethod
 from snakemake.utils import min_version
 
 min_version("9.9")
@@ -8,8 +9,10 @@ if not workflow.configfiles:
     configfile: "config.yaml"
 
 
-# With --sdm conda apptainer: the image that holds the environments of envs/ (docs/environments.md)
-containerized: f"{workflow.basedir}/envs/gmmamba.sif"
+if DeploymentMethod.APPTAINER in workflow.deployment_settings.deployment_method:
+
+    # The image that holds the environments of envs/ (docs/environments.md). Without it, folders may have spaces.
+    containerized: f"{workflow.basedir}/envs/gmmamba.sif"
 
 
 include: "workflow/rules/common.smk"
@@ -45,3 +48,15 @@ rule all:
 onstart:
     if ONE_MACHINE and not HAS_GPU:
         print("No GPU on this machine: encoding, training and prediction run on the CPU.", file=sys.stderr)
+
+
+onsuccess:
+    print(where_to_look(), file=sys.stderr)
+
+
+onerror:
+    print(
+        "Each job that failed stands here with its log; what did not depend on it is done. Mend it, and give the"
+        " same command again: it goes on from there (docs/reliability.md).",
+        file=sys.stderr,
+    )

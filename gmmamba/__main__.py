@@ -17,6 +17,10 @@ from typing import Any
 from gmmamba.arguments import add_cohort, add_run, add_stores, add_tiles, cohort_file, grouping_file, label_class
 from slidestore.warm_start import run_warm, usage
 
+STAGES = (
+    "account", "contact-sheet", "group", "group-by-features", "split", "train", "predict-fold", "record-pipeline",
+    "evaluate", "report", "table",
+)  # fmt: skip
 ACCOUNTING = ["gmmamba.accounting"]
 GROUPING = ["gmmamba.grouping"]
 MODELLING = [
@@ -30,17 +34,22 @@ def parser() -> argparse.ArgumentParser:
     from gmmamba import __version__, split_commands
     from gmmamba.inference.cli import add_commands
 
-    parser = argparse.ArgumentParser(prog="gmmamba", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="gmmamba", description="Slides to report: what is typed by hand beside `snakemake`, which does the work.",
+        epilog=f"Stages, which `snakemake` runs: {', '.join(STAGES)}. gmmamba STAGE --help says what each does.",
+    )  # fmt: skip
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_text, description=help_text)
+        listed: dict[str, Any] = {} if name in STAGES else {"help": help_text}
+        sub = commands.add_parser(name, description=help_text, **listed)
         sub.set_defaults(run=run, preload=preload)
         return sub
 
     sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
-    sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
+    sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"), help="config.yaml unless given")
+    sub.add_argument("--resolved", action="store_true", help="print every setting of every experiment, too")
 
     sub = command("sheet", sheet, "make the slide sheet of a cohort from a folder of slides and a label table")
     sub.add_argument("--slides", type=Path, required=True, metavar="FOLDER")
@@ -196,17 +205,18 @@ def user_errors() -> tuple[type[Exception], ...]:
 
 
 def check_config(options: argparse.Namespace) -> None:
-    import yaml
-
     from gmmamba.config import load_config
+    from gmmamba.config_checks import read_yaml
 
-    config = load_config(yaml.safe_load(options.config.read_text()))
+    config = load_config(read_yaml(options.config))
     for warning in config.warning_lines():
         print(f"Warning: {warning}", file=sys.stderr)
-    for cohort in config.cohorts.values():
-        print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
-    for (dataset, name), experiment in config.experiments.items():
-        print(f"experiment {dataset}/{name}: {json.dumps(experiment.as_dict())}")
+    print(config.summary())
+    if options.resolved:
+        import yaml
+
+        for (dataset, name), experiment in config.experiments.items():
+            print(f"\n# {dataset}/{name}\n{yaml.safe_dump(experiment.as_dict(), sort_keys=False)}", end="")
 
 
 def sheet(options: argparse.Namespace) -> None:
@@ -217,6 +227,7 @@ def sheet(options: argparse.Namespace) -> None:
     made = build_sheet(options.slides, options.labels, options.form, columns, dict(options.map), options.frozen)
     write_sheet(made, options.output)
     print(made.summary(options.all_names))
+    print(f"Written: {options.output}. Name it in config.yaml: cohorts: {{mycohort: {{sheet: {options.output}}}}}")
 
 
 def sheet_slides(options: argparse.Namespace) -> list[Any]:

@@ -120,6 +120,7 @@ def read_sheet(
         return {}, problems
 
     slides: dict[str, Slide] = {}
+    absent: list[str] = []
     if mpp is None and magnification is not None:
         mpp = 10 / magnification
     for line, cells in rows_by_line(table).items():
@@ -141,7 +142,7 @@ def read_sheet(
         if not cells["patient_id"]:
             problems.append(f"{place}: slide {slide_id} has no patient_id (repeat the slide_id if there is none)")
         if need_files and (not cells["path"] or (not exclude and not path.exists())):
-            problems.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
+            absent.append(f"{place}: slide {slide_id}: no such file: {path} (mend the path, or fill 'exclude')")
         mask = sheet.parent / cells["mask"] if cells.get("mask") else None
         if mask and not exclude and (problem := mask_problem(mask)):
             problems.append(f"{place}: slide {slide_id}: {problem}")
@@ -151,6 +152,7 @@ def read_sheet(
             slide_id, cells["patient_id"], cells["label"], path, line, scale, source, split, cells.get("site", ""),
             exclude, mask, {key: _value(cells[TILING + key]) for key in tiling_keys if cells.get(TILING + key)},
         )  # fmt: skip
+    problems += shortened("", absent)  # of a whole cohort in another place, each slide is one
     if not slides:
         problems.append(f"{sheet} lists no slide")
     return slides, problems
@@ -220,6 +222,7 @@ def check_dataset(
     by_id = defaultdict(list)
     paths: list[tuple[str, str, Path]] = []
     labels_of: dict[str, dict[str, str]] = defaultdict(dict)  # patient -> label -> the first slide and where it stands
+    unknown: dict[str, list[str]] = defaultdict(list)  # by label
     given_of: dict[str, dict[str, str]] = defaultdict(dict)  # the same for what the split scheme goes by
     for cohort, sheet, slides in cohorts:
         for slide in (slide for slide in slides if not slide.exclude):
@@ -228,8 +231,11 @@ def check_dataset(
             paths.append((slide.patient_id, f"{slide.slide_id} ({place})", slide.path))
             if slide.label not in classes:
                 close = difflib.get_close_matches(slide.label, classes, n=1)
-                hint = f"did you mean {close[0]!r}?" if close else f"datasets.{name}.classes: {', '.join(classes)}"
-                problems.append(f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}")
+                known = f"datasets.{name}.classes: {', '.join(classes)}"
+                hint = f"did you mean {close[0]!r}? ({known})" if close else known
+                unknown[slide.label].append(
+                    f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}"
+                )
             labels_of[slide.patient_id].setdefault(slide.label, f"{slide.slide_id} ({place})")
             if goes_by:
                 given = split.goes_by(cohort, slide.split, slide.site)
@@ -239,6 +245,7 @@ def check_dataset(
                         f"{place}: slide {slide.slide_id} has no {goes_by!r}, which datasets.{name}.split asks for "
                         f"(scheme {split.scheme})"
                     )
+    problems += [problem for found in unknown.values() for problem in shortened("", found)]
     problems += [
         f"datasets.{name}: no slide of cohort {cohort} takes part, see {sheet}: mend its 'exclude', or take it out"
         for cohort, sheet, slides in cohorts

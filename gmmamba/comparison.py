@@ -15,6 +15,7 @@ import json
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -61,7 +62,8 @@ def _tested(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 
 def runs_in(folder: Path, experiments: Sequence[str], only: Sequence[str] = ()) -> dict[str, list[Path]]:
     """The predictions.csv of experiments of a dataset's folder: of the runs named in `only`, such as fold0_seed0, else
-    of all runs that each of them has. FileNotFoundError where there are none."""
+    of all runs that each of them has, and that the folder's report.json names where it is there (others are left from a
+    configuration that had more folds or seeds). FileNotFoundError where there are none."""
     found = {
         name: {path.parent.name: path for path in sorted((folder / name).glob("fold*_seed*/predictions.csv"))}
         for name in experiments
@@ -71,17 +73,28 @@ def runs_in(folder: Path, experiments: Sequence[str], only: Sequence[str] = ()) 
             raise FileNotFoundError(f"{folder / name / missing / 'predictions.csv'} does not exist: run it first")
         if not paths:
             raise FileNotFoundError(f"{folder / name} has no fold*_seed*/predictions.csv: run the experiment first")
-    shared = [run for run in next(iter(found.values())) if all(run in paths for paths in found.values())]
+    made_of = _report_of(folder)
+    current = [f"fold{fold}_seed{seed}" for fold in made_of.get("folds", ()) for seed in made_of.get("seeds", ())]
+    shared = [
+        run
+        for run in next(iter(found.values()))
+        if all(run in paths for paths in found.values()) and (not current or run in current)
+    ]
     if not (wanted := list(only) or shared):
         raise FileNotFoundError(f"{', '.join(experiments)} have no fold and seed in common: run one of them for more")
     return {name: [paths[run] for run in wanted] for name, paths in found.items()}
 
 
+def _report_of(folder: Path) -> dict[str, Any]:
+    """What the report of a dataset was made of; empty where there is none yet."""
+    manifest = folder / "report.json"
+    return json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+
+
 def evaluation_in(folder: Path) -> tuple[Evaluation, str]:
     """How a dataset's folder was evaluated, by its report.json, and a sentence that says so; the defaults where there
     is no report yet, or one that does not say."""
-    manifest = folder / "report.json"
-    made_of = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+    made_of, manifest = _report_of(folder), folder / "report.json"
     if "evaluation" in made_of:
         found, where = evaluation_of(made_of["evaluation"]), f"as {manifest} has it"
     else:

@@ -107,6 +107,37 @@ class Config:
     def warning_lines(self) -> list[str]:
         return [f"datasets.{name}: {warning}" for name, found in self.warnings.items() for warning in found]
 
+    def summary(self) -> str:
+        """What is in it, for a person to compare with what was meant."""
+        lines = []
+        for cohort in self.cohorts.values():
+            taking_part = sum(not slide.exclude for slide in cohort.slides.values())
+            left_out = len(cohort.slides) - taking_part
+            lines.append(
+                f"cohort {cohort.name}: {taking_part} slides of {cohort.sheet}"
+                + (f" ({left_out} excluded there)" if left_out else "")
+                + f", {cohort.tiling['patch_px']} px patches at {cohort.tiling['mpp']} µm per pixel,"
+                f" encoded by {', '.join(cohort.encoders)}"
+            )
+        for dataset in self.datasets.values():
+            slides = [s for name in dataset.cohorts for s in self.cohorts[name].slides.values() if not s.exclude]
+            counts = ", ".join(f"{sum(s.label == label for s in slides)} {label}" for label in dataset.classes)
+            patients = len({slide.patient_id for slide in slides})
+            runs = len(dataset.folds) * len(dataset.seeds)
+            lines.append(
+                f"dataset {dataset.name}: {counts}, of {patients} patients; {dataset.split.scheme}, "
+                f"{len(dataset.folds)} folds x {len(dataset.seeds)} seeds = {runs} models an experiment"
+            )
+        for (name, experiment), settings in self.experiments.items():
+            grouping = f", groups {settings.grouping}" if settings.grouping else ""
+            epochs = settings.training["epochs"]
+            lines.append(f"experiment {name}/{experiment}: {settings.method}{grouping}, up to {epochs} epochs")
+        lines += [
+            f"prediction {name}: {len(new.cohort.slides)} slides of {new.source} by {new.dataset}/{new.experiment}"
+            for name, new in self.predictions.items()
+        ]
+        return "\n".join(lines)
+
     def encoder_names(self) -> set[str]:
         """Every encoder whose features there are: those that run here, and those of imported features."""
         return {*self.encoders, *(name for cohort in self.cohorts.values() for name in cohort.features)}
@@ -266,7 +297,7 @@ def resolve_experiment(
     if training["epochs"] <= training["select_after"]:
         raise ConfigError(
             f"experiments.{name}: training.epochs ({training['epochs']}) must exceed training.select_after "
-            f"({training['select_after']}): no epoch could be kept"
+            f"({training['select_after']}), the epochs of which none is kept: raise the one or lower the other"
         )
     grouping = None if kind == "none" else f"{kind}-{groups}"
     return Experiment(name, method, model, grouping, training, dataset.encoder, dataset.classes)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import yaml
 
 from gmmamba.cohort import Cohort
 from slidestore.settings import own_function
@@ -27,6 +28,32 @@ def datasets_of(experiment: Mapping[str, Any]) -> list[str]:
     """An experiment names one dataset, or several on each of which it is trained and tested."""
     named = experiment["dataset"]
     return [named] if isinstance(named, str) else named
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key stands once: else the later one replaces the earlier, without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        known = set()
+        for key, _ in node.value:
+            if key.value in known:
+                raise yaml.MarkedYAMLError(
+                    problem=f"{key.value!r} stands there a second time", problem_mark=key.start_mark
+                )
+            known.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """What a configuration's file says. ConfigError where it is no YAML, or no mapping of keys."""
+    try:
+        with file.open("rb") as stream:
+            raw = yaml.load(stream, UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is no YAML in UTF-8, indented with spaces:\n{error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} is {'empty' if raw is None else 'no mapping of keys'}: it needs at least `cohorts`")
+    return raw
 
 
 def raise_if(problems: list[str]) -> None:
@@ -50,10 +77,17 @@ def schema_problems(value: Any, schema: dict[str, Any], root: dict[str, Any], wh
             known = list(error.schema["properties"])
             for key in sorted(set(error.instance) - set(known), key=str):
                 yield f"{prefix}unknown key {key!r}, {nearest(str(key), known)}"
+        elif error.validator == "type" and error.validator_value == "number" and (number := number_in(error.instance)):
+            yield f"{prefix}{error.instance!r} is text to YAML, which wants a point in a number: write {number}"
         elif error.validator == "pattern" and error.instance == error.schema.get("const", error.instance):
             yield f"{prefix}{error.instance!r} must be made of letters, digits, '.', '_' and '-'"
         else:
             yield f"{prefix}{error.message}"
+
+
+def number_in(text: Any) -> float | None:
+    """What a string like 1e-4 was meant to be."""
+    return float(text) if isinstance(text, str) and re.fullmatch(r"[+-]?\d+[eE][+-]?\d+", text) else None
 
 
 def slide_tiling_problems(

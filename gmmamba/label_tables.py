@@ -3,13 +3,15 @@
 Forms, by the columns that each must have:
 
 clam              case_id, slide_id, label            CLAM's; ACMIL's too, with its split in `split_info`
+sheet             patient_id, slide_id, label         this project's own, for slides that moved or other classes
 slideflow         patient, slide                      annotations; `site` if there, the label in the one column left
 stamp             PATIENT                             the clini table; the label in the one column left
 stamp-slides      PATIENT, FILENAME                   the slide table that goes with it
 gdc-clinical      case_submitter_id, primary_diagnosis (or cases.submitter_id, diagnoses.primary_diagnosis)
 gdc-sample-sheet  Case ID, File Name                  which file is whose
 
-The columns of any other table can be named. Tables are CSV or TSV in UTF-8, with a line of column names.
+The columns of any other table can be named. Tables are CSV in UTF-8, with a line of column names
+(`gmmamba.csv_files`).
 """
 
 from __future__ import annotations
@@ -18,8 +20,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import pandas as pd
 
 from gmmamba.csv_files import read_csv, rows_by_line
 from gmmamba.splits import PARTS
@@ -53,6 +53,7 @@ class Form:
 
 FORMS = (
     Form("clam", patient="case_id", slide="slide_id", label="label", split="split_info"),
+    Form("sheet", patient="patient_id", slide="slide_id", label="label", split="split", site="site"),
     Form("slideflow", patient="patient", slide="slide", site="site", left=True),
     Form("stamp", patient="PATIENT", left=True),
     Form("stamp-slides", patient="PATIENT", slide="FILENAME"),
@@ -97,7 +98,7 @@ def read_label_table(path: Path, form: str | None = None, columns: Mapping[str, 
     columns: patient, slide, label, split -> the name of that column, instead of the form's; those that this table
     lacks do not count. Raises SheetError for a table that cannot be read, or whose form is unknown or ambiguous.
     """
-    table = _read(path)
+    table = read_csv(path, SheetError)
     found = [str(name) for name in table.columns]
     named: dict[str, Any] = {role: name for role, name in (columns or {}).items() if name in found}
     chosen = replace(_form(path, found, form, named), **named)
@@ -131,23 +132,14 @@ def read_label_table(path: Path, form: str | None = None, columns: Mapping[str, 
     return LabelTable(path, chosen.name, found, chosen.label, rows)
 
 
-def _read(path: Path) -> pd.DataFrame:
-    if path.suffix.lower() in (".xlsx", ".xls", ".ods"):
-        raise SheetError(f"{path} is a spreadsheet: save it as CSV (UTF-8) and give that")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            header = file.readline()
-    except UnicodeDecodeError as error:
-        raise SheetError(f"{path} is not a CSV or TSV file in UTF-8: {error}") from error
-    return read_csv(path, SheetError, max("\t;,", key=header.count))
-
-
 def _form(path: Path, found: Sequence[str], wanted: str | None, named: dict[str, Any]) -> Form:
     """The form that is wanted or, without one, the only one that the columns found allow."""
     # Shown by a column of its own, the others may be named; and not a form of which another one has all, and more.
     shown = [form for form in FORMS if form.required() & set(found)]
     candidates = [form for form in shown if replace(form, **named).required() <= set(found)]
     candidates = [f for f in candidates if not any(f.required() < other.required() for other in candidates)]
+    # Of forms that take the same columns, where these are named, the first will do.
+    candidates = list({frozenset(replace(f, **named).required()): f for f in reversed(candidates)}.values())[::-1]
     if wanted is not None:
         of_name = [form for form in FORMS if form.name == wanted]
         if not of_name:
@@ -163,7 +155,8 @@ def _form(path: Path, found: Sequence[str], wanted: str | None, named: dict[str,
     what = f"several forms ({', '.join(form.name for form in candidates)})" if candidates else "no form that is known"
     raise SheetError(
         f"{path} has the columns of {what}: {_listed(found)}\nSay which with --form, or name the columns with "
-        f"--patient-column, --label-column and, if there is one, --slide-column. The forms:\n{known}"
+        f"--patient-column, --label-column and, if there is one, --slide-column. Where each slide is a patient of its "
+        f"own, name the slides' column for both. The forms:\n{known}"
     )
 
 

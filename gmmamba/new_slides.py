@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from gmmamba.cohort import SAFE_ID, Slide, mask_problem, mpp_of, reason_to_exclude
-from gmmamba.csv_files import read_csv, rows_by_line
+from gmmamba.csv_files import SPREADSHEETS, read_csv, rows_by_line
 from gmmamba.sheets import SLIDE_SUFFIXES, find_slides, safe_ids
 from slidestore import StoreError
 
@@ -26,7 +26,7 @@ def list_slides(source: Path, mpp: float | None = None) -> list[Slide]:
     exclude` as in a cohort's. Raises SlidesError for a source without slides and for a sheet with errors, all of them
     named by line. mpp: of level 0, in µm per pixel, for slides whose row gives none.
     """
-    if source.suffix.lower() == ".csv":
+    if source.suffix.lower() in (".csv", ".tsv", *SPREADSHEETS):
         return _of_sheet(source, mpp)
     if not source.exists():
         raise SlidesError(f"{source} does not exist: give a slide, a folder of slides, or a sheet (.csv)")

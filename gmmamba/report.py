@@ -14,6 +14,7 @@ report.json     which files the report was made of: what `view` shows
 
 import json
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -269,5 +270,9 @@ def summary(folder: Path) -> None:
     )
     print(f"Test slides, mean ± sd over {scores['runs'].max()} runs:\n{table.to_string()}\n")
     print(f"Slides:\n{counts.to_string(index=False)}\n")
+    for cohort in counts.loc[counts["dataset"] == folder.name, "cohort"]:
+        if (page := folder.parent / cohort / "contact_sheet.html").is_file():
+            print(f"Tissue and problems of every slide: {page}")
     print(f"Report: {folder / 'report.html'}")
-    print(f"Look at the slides: gmmamba view {folder}")
+    command = sys.argv[0] if Path(sys.argv[0]).name == "gmmamba" else "gmmamba"
+    print(f"Look at the slides: {command} view {folder}")

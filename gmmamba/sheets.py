@@ -163,7 +163,8 @@ def build_sheet(
     """
     found = find_slides(folder)
     if not found.slides:
-        raise SheetError(f"{folder} holds no slide ({', '.join(SLIDE_SUFFIXES)}); other files: {dict(found.others)}")
+        others = ", ".join(f"{suffix} {count}" for suffix, count in found.others.items()) or "none"
+        raise SheetError(f"{folder} holds no slide ({', '.join(SLIDE_SUFFIXES)}); other files: {others}")
     labels = Labels([read_label_table(path, form, columns) for path in tables])
     _check_columns(labels.tables, columns or {})
 
@@ -270,7 +271,8 @@ def sheet_row(slide_id: str, path: Path, labels: Labels, mapping: Mapping[str, s
     sample, section = (barcode[3], barcode[4]) if barcode and barcode[3] else ("", "")
     why = exclude = ""
     if section and section.upper() != "DX" and not frozen:
-        why = exclude = f"not a diagnostic section but a frozen one ({section.upper()})"
+        exclude = f"not a diagnostic section but a frozen one ({section.upper()})"
+        why = f"{exclude}; with --frozen it takes part"
     elif "10" <= sample <= "19":
         why = exclude = f"sample type {sample} is normal tissue"
     elif normal:

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from gmmamba import __version__
 from gmmamba.data import BagReader, LabelledBag, encoder_weights, load_bags
@@ -37,6 +36,7 @@ from gmmamba.prediction import (
 )
 from gmmamba.protocol import BestEpoch, TrainingSettings, clip_gradients, make_optimizer
 from slidestore.atomic import replace_when_whole
+from slidestore.progress import progress_bar
 from slidestore.settings import from_dict
 
 
@@ -141,8 +141,8 @@ def fit(
     kept: dict[str, Tensor] = {}
     true = np.array([item.label for item in validation])
     rows: list[dict[str, float]] = []
-    progress = tqdm(range(1, settings.epochs + 1), desc="epochs", disable=None)  # None: quiet without a terminal
-    for epoch in progress:
+    epochs = progress_bar(range(1, settings.epochs + 1), desc="training", unit="epochs")
+    for epoch in epochs:
         slides = [training[i] for i in draw_slides(training, settings, rng)]
         train_loss = train_epoch(model, slides, optimizer, settings, reader, epoch)
         if not np.isfinite(train_loss):
@@ -159,7 +159,7 @@ def fit(
             | {f"val_{name}": value for name, value in metrics.items()}
             | {"val_score": score}
         )
-        progress.set_postfix(loss=f"{train_loss:.3f}", val=f"{score:.3f}")
+        epochs.set_postfix(loss=f"{train_loss:.3f}", val=f"{score:.3f}")
         if best.update(epoch, score, val_loss):
             kept = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
         if best.should_stop(epoch):

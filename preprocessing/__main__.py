@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from preprocessing.errors import SettingsError
 from slidestore.settings import from_dict
 from slidestore.warm_start import run_warm, usage
 
@@ -167,7 +168,11 @@ def main() -> int:
     if args.preload and (status := run_warm("preprocessing", sys.argv[1:], args.preload)) is not None:
         return status
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
-    args.run(args)
+    try:
+        args.run(args)
+    except SettingsError as error:
+        print(f"preprocessing: {error}", file=sys.stderr)
+        return 1
     logging.info("%.1f s, %s", time.monotonic() - start, usage())
     return 0
 

@@ -26,17 +26,17 @@ from typing import Any
 import cv2
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from preprocessing import CREATED_BY
 from preprocessing.encoders import Encoder, EncoderSettings
-from preprocessing.errors import SlideError
+from preprocessing.errors import SettingsError, SlideError
 from preprocessing.network import Network, choose_device, make_repeatable, memory_for_pixels
 from preprocessing.nvjpeg import NvjpegReader, check_nvjpeg
 from preprocessing.patches import Batch, Opened, PatchReader, ReadingSettings, read_ahead
 from preprocessing.slide import open_slide
 from preprocessing.tile import tiling_hash
 from slidestore import StoreAttributes, write_store
+from slidestore.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,7 @@ def encode_slides(
     writing: list[tuple[SlideJob, Future[None]]] = []
     openings = (partial(open_job, job, settings, reading, device) for job in jobs)
     pieces = read_ahead(openings, settings.batch_size, threads, memory_for_pixels(device))
-    # tqdm with disable=None shows its bar only where stderr is a terminal, so that logs stay readable.
-    with ThreadPoolExecutor(1) as writer, closing(pieces), tqdm(unit="patch", total=0, disable=None) as bar:
+    with ThreadPoolExecutor(1) as writer, closing(pieces), progress_bar(unit="patches", total=0) as bar:
         asked = time.monotonic()
         for slide, batch in pieces:
             waited = time.monotonic() - asked
@@ -109,7 +108,7 @@ def encode_slides(
                 if patch_px not in networks:
                     networks[patch_px] = Network(Encoder(settings, patch_px), patch_px, device)
                 if not slide.started:
-                    bar.set_description(slide.attributes.slide_id)
+                    bar.set_description_str(slide.attributes.slide_id, refresh=False)
                     bar.total = (bar.total or 0) + len(slide.coords)
                 encode_batch(slide, batch, networks[patch_px], waited)
                 bar.update(0 if batch is None else len(batch.rows) + len(batch.damaged))
@@ -125,7 +124,7 @@ def encode_slides(
             raise error
         log.error("%s: %s", job.output, error)
     if problems:
-        raise ValueError(
+        raise SettingsError(
             f"{len(problems)} of {len(jobs)} slides were not encoded: {'; '.join(str(error) for _, error in problems)}"
         )
 
@@ -137,7 +136,7 @@ def open_job(job: SlideJob, settings: EncoderSettings, reading: ReadingSettings,
         coords = np.load(job.coords)
         record = json.loads(job.record.read_text(encoding="utf-8"))
         if tiling_hash(record, coords) != record["tiling_hash"]:
-            raise ValueError(f"{job.coords} and {job.record} are not of the same tiling: tile the slide again")
+            raise SettingsError(f"{job.coords} and {job.record} are not of the same tiling: tile the slide again")
         slide.attributes = attributes_of(record, settings)
         if record["status"] == "failed":
             slide.attributes = replace(slide.attributes, failure={"stage": "tile", "reason": record["reason"]})

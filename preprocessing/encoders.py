@@ -4,6 +4,7 @@ An encoder takes uint8 RGB patches and gives one feature vector a patch. The tra
 deviation a channel, applied on the device: those of the config, else of the preset or function, else timm's own.
 """
 
+import difflib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import timm
 import torch
 from torch import nn
 
+from preprocessing.errors import SettingsError
 from preprocessing.weights import load_weights, sha256_of_file, sha256_of_state
 from slidestore.settings import own_function
 
@@ -71,12 +73,12 @@ class Encoder(nn.Module):
     std: torch.Tensor
 
     def __init__(self, settings: EncoderSettings, patch_px: int) -> None:
-        """Raises ValueError for an unknown model, weights that are not the model's, weights that cannot be fetched, a
-        model that gives no feature vector, or a patch size it cannot take."""
+        """Raises SettingsError for an unknown model, weights that are not the model's, weights that cannot be fetched,
+        a model that gives no feature vector, or a patch size it cannot take."""
         super().__init__()
         where = f"encoder {settings.name!r}"
         if settings.precision not in ("fp32", "bf16"):
-            raise ValueError(f"{where}: precision is {settings.precision!r}, expected fp32 or bf16")
+            raise SettingsError(f"{where}: precision is {settings.precision!r}, expected fp32 or bf16")
         # The seed decides random weights; fork_rng keeps it from leaking into the caller's random numbers.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -89,7 +91,7 @@ class Encoder(nn.Module):
             self.weights_sha256 = sha256_of_file(Path(settings.weights))
         for name, values in {"mean": settings.mean or mean, "std": settings.std or std}.items():
             if len(values) != 3:
-                raise ValueError(f"{where}: {name} is {list(values)}, expected three numbers, of R, G and B in 0-1")
+                raise SettingsError(f"{where}: {name} is {list(values)}, expected three numbers, of R, G and B in 0-1")
             # patches are 0-255
             self.register_buffer(
                 name, 255 * torch.tensor(values, dtype=torch.float32).view(1, 3, 1, 1), persistent=False
@@ -99,7 +101,7 @@ class Encoder(nn.Module):
         with torch.inference_mode():
             shape = tuple(self(torch.zeros(1, 3, patch_px, patch_px, dtype=torch.uint8)).shape)
         if len(shape) != 2:
-            raise ValueError(f"{where}: {settings.model} makes {shape} of one patch, expected (1, D): one vector")
+            raise SettingsError(f"{where}: {settings.model} makes {shape} of one patch, expected (1, D): one vector")
         self.features = shape[1]
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
@@ -113,16 +115,18 @@ class Encoder(nn.Module):
 def create(settings: EncoderSettings) -> tuple[Any, Sequence[float], Sequence[float]]:
     """The model, with pretrained or with random weights, and its mean and std of RGB in 0-1.
 
-    Raises ValueError for an unknown model, and for weights that cannot be fetched.
+    Raises SettingsError for an unknown model, and for weights that cannot be fetched.
     """
     where, pretrained = f"encoder {settings.name!r}", settings.weights == "pretrained"
     own = own_function(settings.model)
     preset = PRESETS.get(settings.model)
     name = settings.model if preset is None else preset.hub if pretrained else preset.architecture
     if not own and ":" not in name and not timm.is_model(name):
-        raise ValueError(
-            f"{where}: timm has no model {name!r}; see timm.list_models(). Presets: {', '.join(PRESETS)}; your own:"
-            " file.py:function"
+        close = difflib.get_close_matches(name, [*PRESETS, *timm.list_models()], n=1)
+        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        raise SettingsError(
+            f"{where}: timm has no model {name!r}{hint}; see timm.list_models(). Presets: {', '.join(PRESETS)};"
+            " your own: file.py:function"
         )
     try:
         if own:
@@ -131,7 +135,7 @@ def create(settings: EncoderSettings) -> tuple[Any, Sequence[float], Sequence[fl
         model = timm.create_model(name, pretrained=pretrained, num_classes=0, **settings.kwargs)
     except OSError as error:  # whatever huggingface_hub raises: no network, no such repository, no access to it
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise SettingsError(
             f"{where}: {name} cannot be fetched ({reason}). Either fetch it once where there is a network"
             " (timm keeps it in HF_HOME; a gated model needs HF_TOKEN), or download its weights and set"
             f" encoders.{settings.name}.weights to that file and .model to a preset or to timm's name of the"
@@ -142,27 +146,27 @@ def create(settings: EncoderSettings) -> tuple[Any, Sequence[float], Sequence[fl
 
 
 def function_of(path: Path, name: str, where: str) -> Callable[..., tuple[nn.Module, Sequence[float], Sequence[float]]]:
-    """The function `name` of a Python file. ValueError where there is no such file or function."""
+    """The function `name` of a Python file. SettingsError where there is no such file or function."""
     if not path.is_file():
-        raise ValueError(f"{where}: {path} does not exist (a path relative to the working directory)")
+        raise SettingsError(f"{where}: {path} does not exist (a path relative to the working directory)")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(function := getattr(module, name, None)):
-        raise ValueError(f"{where}: {path} has no function {name!r}")
+        raise SettingsError(f"{where}: {path} has no function {name!r}")
     return function
 
 
 def check_patch_size(model: Any, settings: EncoderSettings, patch_px: int) -> None:
-    """ValueError where the model takes patches of one size, and this is not it."""
+    """SettingsError where the model takes patches of one size, and this is not it."""
     cfg = getattr(model, "default_cfg", {})  # timm's models have one
     if settings.kwargs.get("dynamic_img_size") or not cfg.get("fixed_input_size"):
         return
     input_px = settings.kwargs.get("img_size", cfg["input_size"][-1])
     if patch_px != input_px:
-        raise ValueError(
+        raise SettingsError(
             f"encoder {settings.name!r} ({settings.model}) takes patches of {input_px} px, the slide is tiled in"
             f" patches of {patch_px} px: set patch_px to {input_px}, choose a model of that size, or, for a vision"
             " transformer, set kwargs: {dynamic_img_size: true}"

@@ -1,4 +1,8 @@
-"""The one error that marks a slide as failed."""
+"""What a user can mend: the error that marks a slide as failed, and that of settings, which stops the job."""
+
+
+class SettingsError(ValueError):
+    """Settings, weights or a machine that do not fit: no slide would do better. Shown without a traceback."""
 
 
 class SlideError(Exception):

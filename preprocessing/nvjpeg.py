@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 import torch
 
-from preprocessing.errors import SlideError
+from preprocessing.errors import SettingsError, SlideError
 from preprocessing.jpeg_tiles import DamagedTileError, JpegTiles, MissingTileError
 from preprocessing.patches import SAMPLE, Batch, PatchReader, ReadingSettings
 from preprocessing.slide import Slide, resize
@@ -24,16 +24,16 @@ _of_thread = threading.local()
 
 
 def check_nvjpeg(device: torch.device) -> None:
-    """ValueError where nothing can be decoded on `device`."""
+    """SettingsError where nothing can be decoded on `device`."""
     remedy = "set reading.reader to exact or scaled"
     if device.type != "cuda":
-        raise ValueError(f"reading.reader is nvjpeg, which needs an NVIDIA GPU, and torch sees none: {remedy}")
+        raise SettingsError(f"reading.reader is nvjpeg, which needs an NVIDIA GPU, and torch sees none: {remedy}")
     _, stream = cv2.imencode(".jpg", np.zeros((16, 16, 3), np.uint8))
     try:
         decode([stream.tobytes()], device)
     except (ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"reading.reader is nvjpeg, which this torchvision has not ({reason}): {remedy}") from error
+        raise SettingsError(f"reading.reader is nvjpeg, which this torchvision has not ({reason}): {remedy}") from error
 
 
 def decode(streams: list[bytes], device: torch.device) -> list[torch.Tensor]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from preprocessing.errors import SettingsError
+
 WRAPPERS = ("state_dict", "model_state_dict", "model", "teacher", "student")  # in this order: the teacher is the better
 PREFIXES = tuple(
     outer + inner
@@ -30,7 +32,7 @@ log = logging.getLogger(__name__)
 def load_weights(model: nn.Module, path: Path, where: str) -> None:
     """Load the state dict of `path` into the model, cast to the model's precision; `where` names the model in errors.
 
-    Raises ValueError, listing the keys, where they are not the model's, and for a file that holds more than tensors.
+    Raises SettingsError, listing the keys, where they are not the model's, and for a file that holds more than tensors.
     """
     state, wrappers = unwrap(read_state(path))
     expected = model.state_dict()
@@ -44,7 +46,7 @@ def load_weights(model: nn.Module, path: Path, where: str) -> None:
     }
     if any(problems.values()):
         lists = "; ".join(f"{len(keys)} {what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-        raise ValueError(
+        raise SettingsError(
             f"{path} does not hold the weights of {where}: {lists}. Give the state dict of the timm model with"
             " num_classes=0, or name the model it is of"
         )
@@ -65,12 +67,12 @@ def read_state(path: Path) -> Any:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
+        raise SettingsError(
             f"{path} is no torch file of tensors alone ({error or type(error).__name__}). If it holds a whole model or"
             " the settings of its training, and you trust its source, save the state dict alone as .safetensors"
         ) from error
     if not isinstance(checkpoint, Mapping):
-        raise ValueError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict: names and tensors")
+        raise SettingsError(f"{path} holds a {type(checkpoint).__name__}, expected a state dict: names and tensors")
     return checkpoint
 
 

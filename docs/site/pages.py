@@ -14,7 +14,7 @@ from pathlib import Path
 
 from reference import ROOT, pages
 
-LINK = re.compile(r"(^(`{3,}).*?^\2|`[^`\n]+`)|(?<=\]\()([^)\s#:]+)(?=[)#])", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(^( *`{3,}).*?^\2|`[^`\n]+`)|(?<=\]\()([^)\s#:]+)(?=[)#])", re.DOTALL | re.MULTILINE)
 AS_THEY_ARE = (".jpg", ".png", ".svg", ".css")
 LANGUAGES = {".smk": "python", ".j2": "html", ".cff": "yaml", "": "text"}
 

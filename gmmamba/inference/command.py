@@ -61,6 +61,8 @@ def predict(
     predicted = table[table["status"] == "predicted"]
     lines = [f"{len(predicted)} of {len(table)} slides predicted by {len(ensemble.members)} models: {output}"]
     lines += [f"  {row.slide_id}: {row.predicted}" for row in predicted.itertuples()]
+    if not predicted.empty:
+        lines.append(f"Heat maps and files for QuPath and napari: {output / 'slides'}")
     lines += [f"  {row.slide_id}: failed: {row.reason}" for row in table[table["status"] == "failed"].itertuples()]
     if known := list(predicted.loc[predicted["in_training"] == "yes", "slide_id"]):
         lines.append(f"Part of the dataset that the models are from, so no independent prediction: {', '.join(known)}")

@@ -21,7 +21,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tqdm import tqdm
 
 from gmmamba.data import BagReader, load_bags
 from gmmamba.foci import Focus, read_foci
@@ -30,6 +29,7 @@ from gmmamba.inference.model_file import run_folders
 from gmmamba.inference.pipeline import InferenceError
 from gmmamba.prediction import choose_device, load_model, make_repeatable
 from slidestore.atomic import replace_when_whole
+from slidestore.progress import progress_bar
 
 SAMPLES = 16  # points along a side of a patch, by which its area in foci is measured
 MAPS = ("attention", "contribution", "evidence")
@@ -108,7 +108,7 @@ def _of_runs(folder: Path, foci: Mapping[str, Sequence[Focus]]) -> Iterator[Meas
     if not runs:
         raise InferenceError(f"{folder} holds no trained model and no predictions: give results/DATASET/EXPERIMENT")
     device = choose_device()
-    for run in tqdm(runs, "runs", disable=None):
+    for run in progress_bar(runs, desc="localising", unit="runs"):
         model, card = load_model(run)
         dataset = run.parent.parent
         results, encoder, grouping = dataset.parent, card["encoder"], card["experiment"]["grouping"]

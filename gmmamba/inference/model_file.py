@@ -117,10 +117,16 @@ def _check_names(path: Path, there: Sequence[str], only: Sequence[str]) -> None:
 
 
 def run_folders(folder: Path) -> list[Path]:
-    """The runs of an experiment in the order of fold and seed, as numbers; of a run's own folder that one."""
+    """The runs of an experiment in the order of fold and seed, as numbers; of a run's own folder that one.
+
+    Runs that its pipeline.json does not name are left from a configuration that had more folds or seeds.
+    """
     if (folder / "model.json").is_file():
         return [folder]
     found = [file.parent for file in folder.glob("fold*_seed*/model.json")]
+    record = folder / "pipeline.json"
+    if record.is_file() and (current := json.loads(record.read_text()).get("runs")):
+        found = [run for run in found if run.name in current]
     return sorted(found, key=lambda run: [int(part.strip("foldse")) for part in run.name.split("_")])
 
 

@@ -8,7 +8,7 @@ Never imports torch.
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,14 @@ class Pipeline:
 
     tiling: by cohort of the dataset, the keys of the config's `tiling`; empty where features were imported. reading,
     encoder: as in the config, the encoder with its `name`. known_slides: `slide_mark` of every slide of the dataset.
+    runs: the names of the experiment's, such as fold0_seed0; its folder may hold others, left of more folds or seeds.
     """
 
     tiling: dict[str, dict[str, Any]]
     reading: dict[str, Any]
     encoder: dict[str, Any] | None
     known_slides: list[str]
+    runs: list[str] = field(default_factory=list)  # empty in records of versions before 0.2
 
     def tiling_like(self, cohort: str | None, where: str) -> dict[str, Any]:
         """The tiling of one cohort, which need not be named where all have the same."""
@@ -79,5 +81,6 @@ def record_pipeline(
                 raise InferenceError(f"{folder} was not trained on the features in {row['store']}: train it anew")
         marks.append(slide_mark(attributes.source))
     known = {name: settings[name] for name in ("tiling", "reading", "encoder")}
+    pipeline = Pipeline(**known, known_slides=sorted(marks), runs=[folder.name for folder in models])
     with replace_when_whole(output) as part:
-        part.write_text(json.dumps(asdict(Pipeline(**known, known_slides=sorted(marks))), indent=2) + "\n")
+        part.write_text(json.dumps(asdict(pipeline), indent=2) + "\n")

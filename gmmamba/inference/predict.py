@@ -22,7 +22,6 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
 from gmmamba.cohort import Slide
 from gmmamba.data import BagReader, LabelledBag
@@ -40,6 +39,7 @@ from gmmamba.models.bag import MILOutput
 from gmmamba.prediction import choose_device, make_repeatable
 from slidestore import SlideStore, open_store
 from slidestore.atomic import replace_when_whole
+from slidestore.progress import progress_bar
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def predict_slides(
     for old in preparation.output.glob("slides/*/patches.csv"):  # of an earlier run, perhaps by another model
         shutil.rmtree(old.parent)
     rows, of_members, errors = [], [], []
-    for slide in tqdm(slides, "predicting", unit="slide", disable=None):
+    for slide in progress_bar(slides, desc="predicting", unit="slides"):
         reason = problems.get(slide.slide_id)
         row: dict[str, Any] = {"slide_id": slide.slide_id, "path": slide.path, "status": "failed", "reason": reason}
         rows.append(row)

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm import tqdm
 
 from gmmamba.cohort import Slide
 from gmmamba.new_slides import SlidesError
 from gmmamba.sheets import PREPARATION
 from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
+from slidestore.progress import progress_bar
 from slidestore.warm_start import OWNER
 
 ROOT = Path(__file__).parents[2]
 COHORT = "new"  # in the records of what is prepared here
+MENDABLE = "preprocessing: "  # begins what its command line says of settings that do not fit
 COORDS_AND_RECORD = {"coords": ".npy", "record": ".json"}
 
 
@@ -81,7 +82,7 @@ class Preparation:
         """
         self.begin()
         problems = {}
-        for slide in tqdm(slides, "tiling", unit="slide", disable=None):
+        for slide in progress_bar(slides, desc="tiling", unit="slides"):
             if (problem := self._tile(slide)) is not None:
                 problems[slide.slide_id] = problem
         tiled = [slide for slide in slides if slide.slide_id not in problems]
@@ -95,9 +96,7 @@ class Preparation:
                 store = self.store(slide.slide_id)
                 if not store.is_file():
                     if status and some == waiting[:1]:
-                        raise SlidesError(
-                            said.removeprefix("ValueError: ").replace("set reading.reader to", "give --reader")
-                        )
+                        raise SlidesError(said.replace("set reading.reader to", "give --reader"))
                     problems[slide.slide_id] = said
                 elif (failure := open_store(store).attributes.failure) is not None:
                     problems[slide.slide_id] = failure["reason"]
@@ -134,8 +133,10 @@ class Preparation:
 
     def _encode(self, slides: Sequence[Slide]) -> tuple[int, str]:
         """Encode tiled slides in one process; its exit status, and why slides have no store if they have none."""
-        jobs = []
+        jobs, patches = [], {}
         for slide in slides:
+            record = json.loads(self.tiles(slide.slide_id, ".json").read_text(encoding="utf-8"))
+            patches[slide.slide_id] = int(record["counts"]["kept"])
             self.store(slide.slide_id).unlink(missing_ok=True)
             tiled = {name: self.tiles(slide.slide_id, suffix) for name, suffix in COORDS_AND_RECORD.items()}
             places = {"slide": slide.path, **tiled, "output": self.store(slide.slide_id)}
@@ -146,16 +147,19 @@ class Preparation:
         settings = ["--settings", json.dumps(dict(self.encoder)), "--reading", json.dumps(dict(self.reading))]
         with (
             self._running("encode", "all", [f"--jobs={listed}", *settings, "--threads", str(self.threads)]) as run,
-            tqdm(total=len(slides), desc="encoding", unit="slide", disable=None) as bar,
+            progress_bar(total=sum(patches.values()), desc="encoding", unit="patches") as bar,
         ):
-            while True:
-                try:
+            while run.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
                     run.wait(timeout=0.5)
-                except subprocess.TimeoutExpired:
-                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
-                else:
-                    bar.update(sum(self.store(slide.slide_id).is_file() for slide in slides) - bar.n)
-                    return run.returncode, self._reason("encode", "all", run.returncode)
+                bar.update(max(0, self._encoded(patches) - bar.n))
+            return run.returncode, self._reason("encode", "all", run.returncode)
+
+    def _encoded(self, patches: Mapping[str, int]) -> int:
+        """How many patches are encoded, of `patches` by slide: of slides that are done, or as the log says."""
+        done = sum(count for slide_id, count in patches.items() if self.store(slide_id).is_file())
+        said = re.findall(r"(\d+) of \d+ patches,", self._log("encode", "all").read_text(errors="replace"))
+        return max(done, int(said[-1]) if said else 0)
 
     def picture_patches(self) -> str | None:
         """Have the pictures made of the patches that the predictions in `output` name; what went wrong, if it did."""
@@ -206,8 +210,8 @@ class Preparation:
         """Why a stage made nothing: the error that it ended with, or, where it was killed, that, and its log."""
         log = self._log(stage, name)
         lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        if status > 0 and lines and lines[-1].startswith("ValueError: "):  # what a user can mend
-            return lines[-1]
+        if status > 0 and lines and lines[-1].startswith(MENDABLE):
+            return lines[-1].removeprefix(MENDABLE)
         return f"{stage} ended with exit status {status}, see {log}"
 
 

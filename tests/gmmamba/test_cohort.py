@@ -38,6 +38,32 @@ def test_all_problems_come_at_once(tmp_path: Path) -> None:
     assert "absent.svs" in text
 
 
+def test_what_a_whole_cohort_has_is_said_five_times_and_counted(tmp_path: Path) -> None:
+    absent = write_sheet(tmp_path, [row.replace("s", "absent") for row in good_rows()])
+    assert "  - 15 more of the same kind" in problems(good_config(absent))
+    config = good_config(write_sheet(tmp_path, good_rows()))
+    config["datasets"]["demo"]["classes"] = ["normal", "cancer"]
+    text = problems(config)
+    assert text.count("unknown label 'tumour', datasets.demo.classes: normal, cancer") == 5
+    assert text.endswith("  - 5 more of the same kind")
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_a_sheet_may_be_as_a_spreadsheet_saves_it(tmp_path: Path, separator: str) -> None:
+    sheet = write_sheet(tmp_path, good_rows())
+    sheet.write_bytes(("\ufeff" + sheet.read_text().replace(",", separator).replace("\n", "\r\n")).encode())
+    slide = load_config(good_config(sheet)).cohorts["demo"].slides["S1"]
+    assert (slide.patient_id, slide.label, slide.path, slide.line) == ("P1", "tumour", tmp_path / "s1.svs", 3)
+
+
+def test_a_sheet_of_another_kind_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    sheet = write_sheet(tmp_path, good_rows())
+    sheet.write_bytes(sheet.read_text().replace("P1,", "Müller,").encode("latin-1"))
+    assert f'{sheet} is not in UTF-8: save it again as "CSV UTF-8"' in problems(good_config(sheet))
+    workbook = sheet.rename(tmp_path / "slides.xlsx")
+    assert f"{workbook} is a spreadsheet: save it as CSV (UTF-8)" in problems(good_config(workbook))
+
+
 def test_excluded_rows_are_kept_but_not_checked_for_files(tmp_path: Path) -> None:
     rows = [row + "," for row in good_rows()] + ["S90,P90,whatever,absent.svs,blurred"]
     config = good_config(write_sheet(tmp_path, rows, "slide_id,patient_id,label,path,exclude"))

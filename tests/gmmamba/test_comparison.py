@@ -186,6 +186,9 @@ def test_the_runs_that_are_compared_are_those_shared_or_those_named(tmp_path: Pa
     write_runs(tmp_path, "one", 1.0)
     write_runs(tmp_path, "two", 1.0, seeds=2)
     assert [path.parent.name for path in runs_in(tmp_path, ["one", "two"])["two"]] == ["fold0_seed0", "fold1_seed0"]
+    (tmp_path / "report.json").write_text('{"folds": [0], "seeds": [0, 1]}')  # once there were two
+    assert [path.parent.name for path in runs_in(tmp_path, ["one", "two"])["two"]] == ["fold0_seed0"]
+    (tmp_path / "report.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"one/fold0_seed1/predictions\.csv does not exist"):
         runs_in(tmp_path, ["one", "two"], ["fold0_seed1"])
     with pytest.raises(FileNotFoundError, match=r"three has no fold\*_seed"):

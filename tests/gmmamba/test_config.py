@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from gmmamba.__main__ import main
 from gmmamba.config import load_config, schema_problems
 from gmmamba.evaluation import Evaluation
 from gmmamba.models import MODELS
@@ -16,7 +18,8 @@ from gmmamba.splits import SplitSettings
 from gmmamba.training import TrainingSettings
 from preprocessing.encoders import EncoderSettings
 from preprocessing.tile import TilingSettings
-from tests.gmmamba.configs import ROOT, problems
+from tests.docs import code_blocks
+from tests.gmmamba.configs import ROOT, good_rows, problems, write_sheet
 
 
 def test_defaults_model_and_overrides_are_resolved_in_this_order(config: dict[str, Any]) -> None:
@@ -71,10 +74,19 @@ def test_cohort_overrides_only_what_it_names(config: dict[str, Any]) -> None:
         (
             ("datasets", "demo", "classes"),
             ["normal", "tumor"],
-            "unknown label 'tumour', did you mean 'tumor'?",
+            "unknown label 'tumour', did you mean 'tumor'? (datasets.demo.classes: normal, tumor)",
         ),
         (("datasets", "demo", "classes"), ["normal", "tumour", "benign"], "no slide has the label 'benign'"),
-        (("training", "epochs"), 5, "must exceed training.select_after"),
+        (
+            ("training", "epochs"),
+            5,
+            "training.epochs (5) must exceed training.select_after (5), the epochs of which none",
+        ),
+        (
+            ("training", "learning_rate"),
+            "1e-4",
+            "'1e-4' is text to YAML, which wants a point in a number: write 0.0001",
+        ),
         (("cohorts", "demo", "sheet"), "nowhere.csv", "nowhere.csv does not exist"),
         (("seeds",), [0, 0], "seeds"),
         (("experiments", "mean", "protocol"), "offical", "experiments.mean.protocol: 'offical' is not one of"),
@@ -153,6 +165,44 @@ def test_an_encoder_s_file_is_read_before_any_job(config: dict[str, Any], tmp_pa
     load_config(config)
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config.yaml is empty: it needs at least `cohorts`"),
+        (b"- cohorts", "config.yaml is no mapping of keys"),
+        (b"cohorts: {a: {sheet: a.csv}\ntraining: {}\n", 'is no YAML .*in ".*config.yaml", line 2'),
+        (b"cohorts:\n\ta: {sheet: a.csv}\n", 'indented with spaces.*in ".*config.yaml", line 2'),
+        (b"report: {title: K\xf6ln}\n", "no YAML in UTF-8"),
+        (b"cohorts: {}\nseeds: [0]\ncohorts: {}\n", "'cohorts' stands there a second time.*line 3"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
+    (tmp_path / "config.yaml").write_bytes(content)
+    assert main(["check-config", str(tmp_path / "config.yaml")]) == 1
+    assert re.search(f"(?s){message}", capsys.readouterr().err)
+
+
+def test_check_config_says_what_is_in_it(
+    config: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    assert main(["check-config", str(tmp_path / "config.yaml")]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        f"cohort demo: 20 slides of {tmp_path / 'slides.csv'}, 224 px patches at 0.5 µm per pixel, encoded by "
+        "resnet18-random",
+        "dataset demo: 10 normal, 10 tumour, of 20 patients; kfold, 4 folds x 1 seeds = 4 models an experiment",
+        "experiment demo/gmmamba: gmmamba, groups location-10, up to 15 epochs",
+    ]
+    assert main(["check-config", str(tmp_path / "config.yaml"), "--resolved"]) == 0
+    head, resolved = capsys.readouterr().out.split("# demo/gmmamba\n")
+    assert head.splitlines() == [*said, ""]
+    resolved = yaml.safe_load(resolved.split("\n#")[0])
+    assert resolved == load_config(config).experiments["demo", "gmmamba"].as_dict()
+
+
 def test_patches_that_overlap_wholly_are_an_error(config: dict[str, Any]) -> None:
     config["cohorts"]["demo"]["tiling"] = {"overlap_px": 300}
     assert "cohorts.demo.tiling: overlap_px (300) must be less than patch_px (224)" in problems(config)
@@ -199,6 +249,15 @@ def test_schema_and_model_agree(method: str) -> None:
     expected = {key: p.default for key, p in parameters.items() if key not in ("in_dim", "n_classes")}
     known = METHODS[method]["properties"]
     assert {key: known[key]["default"] for key in known if key not in ("method", "grouping", "groups")} == expected
+
+
+def test_the_five_things_of_the_readme_are_a_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [row.replace("normal", "negative").replace("tumour", "positive") for row in good_rows()]
+    write_sheet(tmp_path, rows).rename("mycohort.csv")
+    config = load_config(yaml.safe_load(code_blocks("../README.md", "yaml")[0]))
+    assert config.summary().count("\n") == 2
+    assert list(config.experiments) == [("mydata", "gmmamba-mydata")]
 
 
 def test_models_of_one_s_own_stand_beside_the_named_ones_or_replace_them(config: dict[str, Any]) -> None:

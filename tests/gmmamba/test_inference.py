@@ -1,6 +1,7 @@
 """Predictions on new slides: contributions against what they must sum to, files against the readers they are for."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gmmamba.inference.explain import group_contributions, log_odds, patch_contributions, patch_evidence
-from gmmamba.inference.model_file import Ensemble, export_model, load_ensemble
+from gmmamba.inference.model_file import Ensemble, export_model, load_ensemble, run_folders
 from gmmamba.inference.ome import PER_PATCH, raster, write_ome
 from gmmamba.inference.pipeline import InferenceError, record_pipeline
 from gmmamba.inference.qupath import collection, feature, group_outlines
@@ -206,6 +207,17 @@ def test_a_model_file_holds_all_of_an_experiment(trained: Path, tmp_path: Path) 
     assert torch.equal(logits_of(one), logits_of(load_ensemble(trained / "fold1_seed0")))
     export_model(of_file, tmp_path / "again.safetensors")
     assert load_ensemble(tmp_path / "again.safetensors").card["members"] == of_folder.card["members"]
+
+
+def test_runs_of_an_earlier_number_of_folds_are_no_members(trained: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(trained, tmp_path / "d" / "abmil"))
+    shutil.copytree(home / "fold1_seed0", home / "fold2_seed0")
+    assert [member.name for member in load_ensemble(home).members] == ["fold0_seed0", "fold1_seed0"]
+    assert run_folders(home / "fold2_seed0") == [home / "fold2_seed0"]  # asked for by itself
+    before = json.loads((home / "pipeline.json").read_text())
+    del before["runs"]  # as it was before it said so
+    (home / "pipeline.json").write_text(json.dumps(before))
+    assert len(run_folders(home)) == 3
 
 
 def test_the_encoder_goes_in_only_as_the_file_that_training_used(trained: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from gmmamba.cohort import Slide
 from gmmamba.foci import FociError, Focus, read_foci
 from gmmamba.inference.localise import in_foci, localise
 from gmmamba.inference.pipeline import InferenceError
@@ -16,6 +17,7 @@ from gmmamba.inference.preparation import Preparation
 from gmmamba.new_slides import SlidesError, list_slides
 from preprocessing.patch_picture import picture_patches
 from slidestore import StoreAttributes, write_store
+from slidestore.progress import progress_bar
 
 # Slides -----------------------------------------------------------------------------------------------------------
 
@@ -61,6 +63,17 @@ def preparation(output: Path, sha256: str = "ab", **encoder: str) -> Preparation
     return Preparation(output, {"mpp": 0.5}, {}, encoder, sha256, 1)
 
 
+def test_the_bar_moves_within_a_slide_too(tmp_path: Path) -> None:
+    """By the lines that encoding writes into its log now and then, and by the stores of slides that are done."""
+    log = tmp_path / "logs/encode/all.log"
+    log.parent.mkdir(parents=True)
+    log.write_text("INFO s: 900 patches, tiny on cpu\n")
+    prepared(tmp_path, "new", "tiny")
+    assert preparation(tmp_path)._encoded({"s": 900, "t": 3100}) == 900
+    log.write_text(f"INFO s: 900 patches, tiny on cpu\n{progress_bar(total=4000, initial=1200, unit='patches')}\n")
+    assert preparation(tmp_path)._encoded({"s": 900, "t": 3100}) == 1200
+
+
 def test_another_s_tiles_and_features_are_refused_and_stay(tmp_path: Path) -> None:
     files = prepared(tmp_path, "mycohort", "tiny")
     with pytest.raises(SlidesError, match="holds tiles or features that predict did not make: choose another --output"):
@@ -99,14 +112,19 @@ def test_a_killed_stage_is_said_to_be_so_and_the_first_slide_stops_all(
         ended.append(command[3])
         return popen(["sh", "-c", script["all"]], **options)
 
+    def tile(self: Preparation, slide: Slide) -> None:
+        record = self.tiles(slide.slide_id, ".json")
+        record.parent.mkdir(exist_ok=True)
+        record.write_text('{"cohort": "new", "counts": {"kept": 12}}')
+
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", run)
-    monkeypatch.setattr(Preparation, "_tile", lambda self, slide: None)
+    monkeypatch.setattr(Preparation, "_tile", tile)
     monkeypatch.setattr(Preparation, "_is_encoded", lambda self, slide_id: False)
     with pytest.raises(SlidesError, match=r"encode ended with exit status -9, see .*logs/encode/all.log"):
         asked.prepare(slides)
     assert ended == ["encode"]
-    script["all"] = "echo 'ValueError: no such model'; exit 1"
+    script["all"] = "echo 'preprocessing: no such model'; exit 1"
     with pytest.raises(SlidesError, match=r"^no such model$"):
         asked.prepare(slides)
     script["all"] = "echo INFO nothing to do"

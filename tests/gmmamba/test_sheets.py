@@ -139,15 +139,29 @@ def test_every_form_gives_the_same_sheet(tmp_path: Path, form: str) -> None:
         ),
         (["case_id,slide_id,label,PATIENT", "1,2,3,4"], None, r"several forms \(clam, stamp\): 'case_id'"),
         (["case_id,slide_id,subtype", "1,2,3"], "clam", r"has no column 'label'; its columns are 'case_id'"),
-        (["case_id,slide_id,label", "1,2,3"], "klam", r"unknown form 'klam'; the forms are clam, slideflow"),
+        (["case_id,slide_id,label", "1,2,3"], "klam", r"unknown form 'klam'; the forms are clam, sheet, slideflow"),
         (["case_id,slide_id,label,split_info", "1,2,3,fold1"], None, r"line 2: split_info 'fold1' is none of"),
-        ([""], None, "not a CSV or TSV file"),
+        ([""], None, "not a CSV file"),
+        (["slide,diagnosis", "1,2"], None, "name the slides' column for both"),
         (["case_id,slide_id,label", "1,2,duct, NOS"], None, "more cells than the first one has names"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_named(tmp_path: Path, lines: list[str], form: str, message: str) -> None:
     with pytest.raises(SheetError, match=f"(?s){message}"):
         read_label_table(table(tmp_path / "t.csv", *lines), form)
+
+
+def test_a_sheet_is_a_table_too_and_a_slide_may_be_its_own_patient(tmp_path: Path) -> None:
+    touch(tmp_path / "slides", "s1.svs", "s2.svs")
+    old = table(tmp_path / "old.csv", "slide_id;patient_id;label;path", "s1;p1;H;elsewhere/s1.svs", "s2;p2;AC;s2.svs")
+    sheet = build_sheet(tmp_path / "slides", [old], mapping={"H": "normal", "AC": "tumour"})
+    assert [(row.slide_id, row.patient_id, row.label) for row in sheet.rows] == [
+        ("s1", "p1", "normal"), ("s2", "p2", "tumour"),
+    ]  # fmt: skip
+    short = table(tmp_path / "short.csv", "slide,label", "s1,H", "s2,AC")
+    named = {"patient": "slide", "slide": "slide", "label": "label"}
+    sheet = build_sheet(tmp_path / "slides", [short], columns=named)
+    assert [(row.patient_id, row.label) for row in sheet.rows] == [("s1", "H"), ("s2", "AC")]
 
 
 def test_projects_are_labels_where_the_sample_sheet_is_asked_for_them(tmp_path: Path) -> None:

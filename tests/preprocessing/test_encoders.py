@@ -13,7 +13,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from preprocessing.__main__ import main
 from preprocessing.encoders import PRESETS, Encoder, EncoderSettings
+from slidestore.warm_start import OWNER
 from tests.docs import code_blocks
 
 RANDOM = EncoderSettings(name="tiny", model="test_resnet", weights="random")
@@ -112,10 +114,11 @@ def test_a_file_of_more_than_tensors_is_never_unpickled(tmp_path: Path, content:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_an_architecture_with_its_transform(tmp_path: Path, name: str) -> None:
     encoder = Encoder(EncoderSettings("p", name, "random"), 224)
-    assert encoder.features == 384
+    bare = timm.create_model(PRESETS[name].architecture, num_classes=0)
+    assert encoder.features == bare.num_features
     torch.testing.assert_close(encoder.mean.flatten() / 255, torch.tensor(PRESETS[name].mean))
     torch.testing.assert_close(encoder.std.flatten() / 255, torch.tensor(PRESETS[name].std))
-    torch.save(timm.create_model("vit_small_patch16_224").state_dict(), tmp_path / "w.pth")
+    torch.save(bare.state_dict(), tmp_path / "w.pth")
     Encoder(EncoderSettings("p", name, str(tmp_path / "w.pth")), 224)
 
 
@@ -156,10 +159,28 @@ def test_a_model_of_fixed_size_names_both_sizes() -> None:
 
 
 def test_settings_that_cannot_be_are_named() -> None:
-    with pytest.raises(ValueError, match="encoder 'tiny': timm has no model 'resnet81'"):
+    with pytest.raises(ValueError, match=r"timm has no model 'resnet81' \(did you mean '.+'\?\); see timm"):
         Encoder(replace(RANDOM, model="resnet81"), 64)
     with pytest.raises(ValueError, match="precision is 'fp8', expected fp32 or bf16"):
         Encoder(replace(RANDOM, precision="fp8"), 64)
+
+
+def test_the_command_line_says_what_does_not_fit_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cohort of a thousand slides fails a thousand times: no traceback stands between a person and the reason."""
+    (tmp_path / "jobs.json").write_text("[]")
+
+    def no_model(*_: Any) -> None:
+        Encoder(replace(RANDOM, model="resnet81"), 64)
+
+    monkeypatch.delenv(OWNER, raising=False)
+    monkeypatch.setattr("preprocessing.encode.encode_slides", no_model)
+    monkeypatch.setattr("sys.argv", ["preprocessing", "encode", "--jobs", str(tmp_path / "jobs.json"), "--settings",
+                                     '{"name": "tiny", "model": "resnet81", "weights": "random"}'])  # fmt: skip
+    assert main() == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("preprocessing: encoder 'tiny': timm has no model 'resnet81' (did you mean")
 
 
 def test_the_transform_is_timms_own() -> None:

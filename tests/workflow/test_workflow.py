@@ -173,13 +173,29 @@ def test_a_wrong_key_stops_before_any_job(project: Path) -> None:
     edit(project, lambda c: c.update(trainign={}))
     said = fail(project)
     assert "unknown key 'trainign', did you mean 'training'?" in said
+    edit(project, lambda c: c.pop("trainign"))
+    config = project / "config.yaml"
+    config.write_text(config.read_text() + "training: {epochs: 9}\n")
+    assert "'training' stands there a second time" in fail(project)
 
 
 def test_too_many_failures_stop_the_run_and_say_why(project: Path) -> None:
     edit(project, lambda c: c.update(max_failed_share=0.05))
     said = fail(project)
     assert "1 of 11 slides failed, more than max_failed_share (0.05) allows" in said
+    assert "same command again: it goes on from there" in said
     assert open_store(project / "results/a/features/tiny/s0.zarr.zip").shape[0] > 0  # nothing computed is lost
+
+
+def test_a_run_ends_with_where_to_look_also_from_folders_with_spaces(project: Path, tmp_path: Path) -> None:
+    """And with bars instead of lines, as `--logger rich` has it."""
+    spaced = project.rename(tmp_path / "my project")
+    (code := tmp_path / "the code").symlink_to(ROOT)
+    edit(spaced, lambda c: c.update(report={"title": "Another title"}))
+    said = finish(spaced, "--logger", "rich", code=code)
+    assert re.search(r"Tissue and problems of every slide: results/a/contact_sheet.html\n.*results/b/contact", said)
+    assert re.search(r"Report: results/d/report.html\nLook at the slides: .*gmmamba view results/d\n", said)
+    assert "Finished jobid" not in said
 
 
 def test_snakemake_finds_nothing_to_complain_about(project: Path) -> None:

@@ -15,6 +15,7 @@ from snakemake.settings.types import DeploymentMethod
 sys.path.insert(0, workflow.basedir)
 
 from gmmamba.config import ConfigError, load_config
+from gmmamba.config_checks import read_yaml
 from gmmamba.fingerprint import code_digest, file_digest
 from gmmamba.models import has_first_stage, model_modules
 from gmmamba.table_rows import experiment_name
@@ -22,6 +23,8 @@ from slidestore.settings import own_function
 from slidestore.warm_start import OWNER
 
 try:
+    for file in workflow.configfiles if workflow.is_main_process else ():
+        read_yaml(Path(file))  # Snakemake takes the later of two equal keys
     CONFIG = load_config(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
 except ConfigError as error:
     raise WorkflowError(str(error))
@@ -123,6 +126,20 @@ def pipelines():
 
 def predictions():
     return [f"results/{name}/{file}" for name in CONFIG.predictions for file in ("predictions.csv", ".patches")]
+
+
+def where_to_look():
+    """The pages that a run leaves, and how to see the slides: the last lines of a good one."""
+    command = Path(sys.executable).with_name("gmmamba")
+    if not command.exists():
+        command = "gmmamba"
+    elif command.is_relative_to(Path.cwd()):
+        command = command.relative_to(Path.cwd())
+    lines = [f"Tissue and problems of every slide: {page}" for page in contact_sheets() if Path(page).is_file()]
+    lines += [f"Report: {page}" for page in reports() if Path(page).is_file()]
+    lines += [f"Look at the slides: {command} view {Path(page).parent}" for page in reports() if Path(page).is_file()]
+    lines += [f"Predictions: results/{name}" for name in CONFIG.predictions if Path("results", name).is_dir()]
+    return "\n".join(lines)
 
 
 def reports():
