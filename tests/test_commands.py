@@ -110,9 +110,12 @@ def check(words: list[str], parser_for=lenient) -> None:
         program, *rest = words[2:]
     if program == "snakemake":
         options = parser_for("snakemake").parse_args([word for word in rest if word != "…"])
-        rules = re.findall(r"^rule (\w+):", "\n".join(p.read_text() for p in ROOT.glob("workflow/rules/*.smk")), re.M)
+        rules = "\n".join(path.read_text() for path in ROOT.glob("workflow/rules/*.smk"))
+        names = re.findall(r"^rule (\w+):", rules, re.MULTILINE)
+        files = [re.sub(r"\\{\w+\\}", r"[^/]+", re.escape(file)) for file in re.findall(r'"(results/[^"]+)"', rules)]
         tables = [f"table_{name}" for name in yaml.safe_load((ROOT / "config/tables.yaml").read_text())["tables"]]
-        assert set(options.targets) <= {*rules, *tables}, options.targets
+        known = "|".join([*names, *tables, *files])
+        assert all(re.fullmatch(known, target) for target in options.targets), options.targets
         for file in options.configfile or []:
             assert (ROOT / str(file).replace("path/to/gmmamba/", "")).is_file(), file
     elif program == "make":
@@ -226,7 +229,8 @@ def run(folder: Path, text: str) -> None:
 def environment() -> dict[str, str]:
     """With this checkout's code and its environment's programs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PATH": path, "PYTHONPATH": packages}
 
 
 def to_run(snippet: Snippet) -> str:
