@@ -30,7 +30,7 @@ OTHERS = {
 """Programs of others: that they have these options is theirs to know."""
 
 NOT_RUN = {
-    r"^make (demo|test|lint|docs)(?!-slurm)|^\.ci/run|^make \.venv/installed": "CI itself does it",
+    r"^make (demo|test|lint|docs)(?!-slurm)|^\.ci/run|^make \.venv/installed|^gmmamba demo": "CI itself does it",
     r"^make (bench|test-slurm)|python -m benchmarks\.": "hours, or a machine of its own",
     r"pytest ": "tests by hand, or part of `make test`",
     r"make_tile_cohort|run/results/tiles|unseen": "hours of training, on cohorts that no part of the project draws",
@@ -40,7 +40,7 @@ NOT_RUN = {
     r"--use-conda|--sdm|--containerize|^uv ": "conda or apptainer: tests/envs has stand-ins",
     r"CUDA_VISIBLE_DEVICES|py-spy": "several GPUs; a profiler",
 }
-PLANNED = r"snakemake .*(table_|predict_new|--configfile|myproject)"
+PLANNED = r"(snakemake|gmmamba run) .*(table_|predict_new|--configfile|myproject)"
 """Runs of hours, of which Snakemake only makes the plan here."""
 INSTEAD = {
     "--cores 16": "--cores 2", "--threads 8": "--threads 2", '"pretrained"': '"random"', "--mpp 0.25": "--mpp 0.5",
@@ -108,6 +108,8 @@ def check(words: list[str], parser_for=lenient) -> None:
     program, *rest = words
     if words[:2] == ["python", "-m"]:
         program, *rest = words[2:]
+    if program == "gmmamba" and rest[:1] == ["run"]:  # which hands all options on
+        program, *rest = ["snakemake", *rest[1:]]
     if program == "snakemake":
         options = parser_for("snakemake").parse_args([word for word in rest if word != "…"])
         rules = "\n".join(path.read_text() for path in ROOT.glob("workflow/rules/*.smk"))
@@ -238,7 +240,7 @@ def to_run(snippet: Snippet) -> str:
     text = snippet.text
     for words, others in INSTEAD.items():
         text = text.replace(words, others)
-    return re.sub(r"\bsnakemake\b", "snakemake -n", text, count=1) if re.search(PLANNED, text) else text
+    return re.sub(r"\b(snakemake|gmmamba run)\b", r"\1 -n", text, count=1) if re.search(PLANNED, text) else text
 
 
 @pytest.mark.slow
