@@ -64,4 +64,4 @@ $(VENV)/installed: pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf results .snakemake build
+	rm -rf results .snakemake build .cache

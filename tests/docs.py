@@ -7,14 +7,20 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-FENCE = re.compile(r"^(`{3,})(\w*)\n(.*?)^\1 *$", re.DOTALL | re.MULTILINE)
+FENCE = re.compile(r"^( *)(`{3,})(\w*)\n(.*?)^\1\2 *$", re.DOTALL | re.MULTILINE)
+"""A block of code: how far it is indented, the fence, its language, the code."""
 PROGRAMS = "gmmamba|snakemake|python|make|pytest|uv|conda|apptainer|git|pip|pipx|pre-commit|squeue|sinfo|ssh|py-spy"
 
 
 def code_blocks(page: str, language: str) -> list[str]:
     """The fenced blocks of one language in docs/{page}."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    return [code for _, name, code in FENCE.findall(text) if name == language]
+    return blocks((DOCS / page).read_text(encoding="utf-8"), language)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The same of a text; blocks of a list, which are indented, as if they were not."""
+    found = FENCE.findall(text)
+    return [re.sub(f"^{indent}", "", code, flags=re.MULTILINE) for indent, _, name, code in found if name == language]
 
 
 @dataclass(frozen=True)
@@ -48,8 +54,8 @@ def snippets() -> list[Snippet]:
         text = page.read_text(encoding="utf-8")
         name = page.relative_to(ROOT).as_posix()
         for part in re.finditer(FENCE.pattern + r"|`([^`\n]+)`", text, FENCE.flags):
-            if part[2] == "sh":
-                found.append(Snippet(name, part[3], block=True))
-            elif part[4] and re.match(rf"(\w+=\S* )*(\S*bin/)?({PROGRAMS}) |\.ci/run", part[4]):
-                found.append(Snippet(name, part[4], block=False))
+            if part[3] == "sh":
+                found.append(Snippet(name, part[4], block=True))
+            elif part[5] and re.match(rf"(\w+=\S* )*(\S*bin/)?({PROGRAMS}) |\.ci/run", part[5]):
+                found.append(Snippet(name, part[5], block=False))
     return found

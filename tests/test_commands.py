@@ -30,7 +30,7 @@ OTHERS = {
 """Programs of others: that they have these options is theirs to know."""
 
 NOT_RUN = {
-    r"^make (demo|test|lint|docs)(?!-slurm)|^\.ci/run|^make \.venv/installed": "CI itself does it",
+    r"^make (demo|test|lint|docs)(?!-slurm)|^\.ci/run|^make \.venv/installed|^gmmamba demo": "CI itself does it",
     r"^make (bench|test-slurm)|python -m benchmarks\.": "hours, or a machine of its own",
     r"pytest ": "tests by hand, or part of `make test`",
     r"make_tile_cohort|run/results/tiles|unseen": "hours of training, on cohorts that no part of the project draws",
@@ -40,7 +40,7 @@ NOT_RUN = {
     r"--use-conda|--sdm|--containerize|^uv ": "conda or apptainer: tests/envs has stand-ins",
     r"CUDA_VISIBLE_DEVICES|py-spy": "several GPUs; a profiler",
 }
-PLANNED = r"snakemake .*(table_|predict_new|--configfile|myproject)"
+PLANNED = r"(snakemake|gmmamba run) .*(table_|predict_new|--configfile|myproject)"
 """Runs of hours, of which Snakemake only makes the plan here."""
 INSTEAD = {
     "--cores 16": "--cores 2", "--threads 8": "--threads 2", '"pretrained"': '"random"', "--mpp 0.25": "--mpp 0.5",
@@ -108,11 +108,16 @@ def check(words: list[str], parser_for=lenient) -> None:
     program, *rest = words
     if words[:2] == ["python", "-m"]:
         program, *rest = words[2:]
+    if program == "gmmamba" and rest[:1] == ["run"]:  # which hands all options on
+        program, *rest = ["snakemake", *rest[1:]]
     if program == "snakemake":
         options = parser_for("snakemake").parse_args([word for word in rest if word != "…"])
-        rules = re.findall(r"^rule (\w+):", "\n".join(p.read_text() for p in ROOT.glob("workflow/rules/*.smk")), re.M)
+        rules = "\n".join(path.read_text() for path in ROOT.glob("workflow/rules/*.smk"))
+        names = re.findall(r"^rule (\w+):", rules, re.MULTILINE)
+        files = [re.sub(r"\\{\w+\\}", r"[^/]+", re.escape(file)) for file in re.findall(r'"(results/[^"]+)"', rules)]
         tables = [f"table_{name}" for name in yaml.safe_load((ROOT / "config/tables.yaml").read_text())["tables"]]
-        assert set(options.targets) <= {*rules, *tables}, options.targets
+        known = "|".join([*names, *tables, *files])
+        assert all(re.fullmatch(known, target) for target in options.targets), options.targets
         for file in options.configfile or []:
             assert (ROOT / str(file).replace("path/to/gmmamba/", "")).is_file(), file
     elif program == "make":
@@ -137,7 +142,8 @@ def test_commands_have_the_options_that_they_are_given(page: str) -> None:
             try:
                 check(words, parser_of if snippet.block else lenient)
             except SystemExit as error:
-                pytest.fail(f"{page}: {shlex.join(words)}: {error.__context__}")
+                if error.code != 0:  # as of --help
+                    pytest.fail(f"{page}: {shlex.join(words)}: {error.__context__}")
 
 
 def test_a_wrong_command_is_seen() -> None:
@@ -225,7 +231,8 @@ def run(folder: Path, text: str) -> None:
 def environment() -> dict[str, str]:
     """With this checkout's code and its environment's programs."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
+    packages = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    return os.environ | {"PATH": path, "PYTHONPATH": packages}
 
 
 def to_run(snippet: Snippet) -> str:
@@ -233,7 +240,7 @@ def to_run(snippet: Snippet) -> str:
     text = snippet.text
     for words, others in INSTEAD.items():
         text = text.replace(words, others)
-    return re.sub(r"\bsnakemake\b", "snakemake -n", text, count=1) if re.search(PLANNED, text) else text
+    return re.sub(r"\b(snakemake|gmmamba run)\b", r"\1 -n", text, count=1) if re.search(PLANNED, text) else text
 
 
 @pytest.mark.slow

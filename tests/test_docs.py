@@ -17,7 +17,7 @@ from gmmamba.models import MODELS
 from gmmamba.protocol import TrainingSettings
 from preprocessing.encoders import EncoderSettings
 from preprocessing.tile import TilingSettings
-from tests.docs import FENCE
+from tests.docs import FENCE, blocks
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
@@ -27,7 +27,7 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 
 def without_code(text: str) -> str:
     """The page without fenced blocks and code in a line: brackets in there are no links."""
-    return re.sub(r"`[^`\n]+`", "`code`", re.sub(r"^(`{3,}).*?^\1", "", text, flags=re.DOTALL | re.MULTILINE))
+    return re.sub(r"`[^`\n]+`", "`code`", FENCE.sub("", text))
 
 
 @cache
@@ -36,8 +36,7 @@ def anchors(page: Path) -> set[str]:
     heading of a name has -1 behind it."""
     seen: Counter[str] = Counter()
     found = set()
-    text = re.sub(r"^(`{3,}).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-    for heading in re.findall(r"^#{1,6} +(.+?) *$", text, re.MULTILINE):
+    for heading in re.findall(r"^#{1,6} +(.+?) *$", FENCE.sub("", page.read_text(encoding="utf-8")), re.MULTILINE):
         shown = re.sub(r"!?\[([^]]*)\]\([^)]*\)", r"\1", heading)
         name = re.sub(r"[^\w\- ]", "", shown.lower()).replace(" ", "-")
         found.add(f"{name}-{seen[name]}" if seen[name] else name)
@@ -117,8 +116,8 @@ def test_the_examples_are_configurations(page: Path) -> None:
     """But for those that begin with a space: parts of a larger one."""
     schema = yaml.safe_load((ROOT / "workflow/schemas/config.schema.yaml").read_text())
     minimal: dict[str, Any] = {"cohorts": {"a": {"sheet": "a.csv"}}, "datasets": {}, "experiments": {}}
-    for _, language, code in FENCE.findall(page.read_text(encoding="utf-8")):
-        if language == "yaml" and not code.startswith(" "):
+    for code in blocks(page.read_text(encoding="utf-8"), "yaml"):
+        if not code.startswith(" "):
             assert list(schema_problems(minimal | yaml.safe_load(code), schema, schema)) == []
 
 

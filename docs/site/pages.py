@@ -14,15 +14,15 @@ from pathlib import Path
 
 from reference import ROOT, pages
 
-LINK = re.compile(r"(^(`{3,}).*?^\2|`[^`\n]+`)|(?<=\]\()([^)\s#:]+)(?=[)#])", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"(^( *`{3,}).*?^\2|`[^`\n]+`)|(?<=\]\()([^)\s#:]+)(?=[)#])", re.DOTALL | re.MULTILINE)
 AS_THEY_ARE = (".jpg", ".png", ".svg", ".css")
-LANGUAGES = {".smk": "python", ".j2": "html", ".cff": "yaml", "": "text"}
+LANGUAGES = {".smk": "python", ".j2": "html", ".cff": "yaml", ".ipynb": "json", "": "text"}
 
 
 def write_pages(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     texts = pages()
-    for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("config/*.md"), *ROOT.glob("docs/**/*.md")]:
         texts[path.relative_to(ROOT).as_posix()] = path.read_text(encoding="utf-8")
     waiting = list(texts)
     while waiting:
@@ -47,7 +47,9 @@ def linked(page: str, text: str) -> list[str]:
 
 
 def page_of(name: str) -> str:
-    return f"{name}/index.md" if (ROOT / name).is_dir() else f"{name}.md"
+    if (ROOT / name).is_dir():
+        return f"{name}/README.md" if (ROOT / name / "README.md").is_file() else f"{name}/index.md"
+    return f"{name}.md"
 
 
 def to_page(page: str, found: re.Match[str]) -> str:

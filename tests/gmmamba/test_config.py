@@ -261,8 +261,7 @@ def test_the_five_things_of_the_readme_are_a_configuration(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     rows = [row.replace("normal", "negative").replace("tumour", "positive") for row in good_rows()]
     write_sheet(tmp_path, rows).rename("mycohort.csv")
-    indented = code_blocks("../README.md", "yaml")[0]
-    config = load_config(yaml.safe_load(indented))
+    config = load_config(yaml.safe_load(code_blocks("../README.md", "yaml")[0]))
     assert config.summary().count("\n") == 2
     assert list(config.experiments) == [("mydata", "gmmamba-mydata")]
 
