@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,9 +11,9 @@ from typing import Any
 import jsonschema
 
 from gmmamba.cohort import Cohort
-from slidestore.settings import own_function
+from slidestore.settings import nearest, own_function
 
-RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
+RESERVED = ("tiles", "features", "groups", "logs", "tables")  # folders of results/{name}/ that stages own
 SPLIT_FILES = {"file": "CSV (slide_id, fold0, fold1, ...)", "clam": "folder of splits_0.csv, splits_1.csv, ..."}
 PROTOCOLS = ("unified", "official")
 
@@ -32,12 +31,6 @@ def datasets_of(experiment: Mapping[str, Any]) -> list[str]:
 def raise_if(problems: list[str]) -> None:
     if problems:
         raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """A hint naming the nearest known word, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def schema_problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "") -> Iterator[str]:

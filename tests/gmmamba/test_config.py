@@ -4,7 +4,7 @@ import dataclasses
 import inspect
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -15,6 +15,7 @@ from gmmamba.models import MODELS
 from gmmamba.splits import SplitSettings
 from gmmamba.training import TrainingSettings
 from preprocessing.encoders import EncoderSettings
+from preprocessing.patches import Reader
 from preprocessing.tile import TilingSettings
 from tests.docs import code_blocks
 from tests.gmmamba.configs import ROOT, problems
@@ -183,6 +184,10 @@ def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -
         name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
     }  # as in YAML
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
+
+
+def test_every_reader_can_be_asked_for() -> None:
+    assert list(get_args(Reader)) == SCHEMA["properties"]["reading"]["properties"]["reader"]["enum"]
 
 
 @pytest.mark.parametrize("page", ["encoders.md", "interop.md", "statistics.md"])
