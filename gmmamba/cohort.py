@@ -71,7 +71,7 @@ class Slide:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class CohortPlan:
     """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
     come from another tool: then by encoder, as in the config."""
 
