@@ -18,7 +18,8 @@ from gmmamba.data import BagReader, LabelledBag
 from gmmamba.models.bag import Bag
 from gmmamba.models.gmmamba import PUBLISHED, GMMamba
 from gmmamba.prediction import make_repeatable
-from gmmamba.training import TrainingSettings, train_epoch
+from gmmamba.protocol import TrainingSettings
+from gmmamba.training import train_epoch
 from slidestore import StoreAttributes, open_store, write_store
 
 WIDTH, GROUPS, WARM_UP = 512, 10, 10
@@ -78,7 +79,7 @@ def epoch(backend: str, precision: str, slides: list[LabelledBag], device: torch
     first, total, loading = seconds(lambda: train(slides)), seconds(lambda: train(slides)), seconds(load)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
         train(slides[:WARM_UP])
-    kernels = (e for e in profiled.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)
+    kernels = (e for e in profiled.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA)  # type: ignore[attr-defined]
     busy = sum(e.self_device_time_total for e in kernels) / 1e6 / len(slides[:WARM_UP]) * len(slides)
     speeds = [f"{len(slides) / total:.3g}", f"{len(slides) / first:.3g}"]
     return [f"{difference:.1e}", *speeds, f"{busy / total:.0%}", f"{loading / total:.0%}"]

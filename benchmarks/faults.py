@@ -62,7 +62,7 @@ def outputs(project: Path) -> dict[str, str]:
         inside = path.relative_to(project).parts[2:]
         if path.name.startswith(".") or not path.is_file():
             continue  # beginning with a dot: what a killed job had begun to write
-        if inside and inside[0] not in ("logs", "benchmarks", "cohort"):
+        if inside and inside[0] not in ("logs", "cohort"):
             kept[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return kept
 

@@ -193,10 +193,10 @@ def main(arguments: list[str] | None = None) -> int:
 def user_errors() -> tuple[type[Exception], ...]:
     """What a user can mend: shown as a message. Everything else keeps its traceback."""
     from gmmamba.accounting import TooManyFailedError
-    from gmmamba.config import ConfigError
+    from gmmamba.config_checks import ConfigError
     from gmmamba.evaluation import EvaluationError
     from gmmamba.label_tables import SheetError
-    from gmmamba.splits import SplitError
+    from gmmamba.split_files import SplitError
     from gmmamba.view import ViewError
     from slidestore import StoreError
 
@@ -234,7 +234,7 @@ def sheet(options: argparse.Namespace) -> None:
 
 def sheet_slides(options: argparse.Namespace) -> list[Any]:
     from gmmamba.cohort import read_sheet
-    from gmmamba.config import raise_if
+    from gmmamba.config_checks import raise_if
 
     slides, problems = read_sheet(options.sheet, options.cohort, need_files=False)
     raise_if(problems)

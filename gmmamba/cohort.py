@@ -20,9 +20,10 @@ from typing import Any
 
 from gmmamba.csv_files import read_csv, rows_by_line
 from gmmamba.leakage import named_by_class, same_files
-from gmmamba.split_files import PARTS, Member, shortened
-from gmmamba.splits import FILES, GOES_BY, SplitError, SplitSettings, parts_of_file, patient_folds
+from gmmamba.split_files import PARTS, Member, SplitError, shortened
+from gmmamba.splits import FILES, GOES_BY, SplitSettings, parts_of_file, patient_folds
 from slidestore.foreign import ForeignFiles
+from slidestore.settings import nearest
 
 REQUIRED = ["slide_id", "patient_id", "label", "path"]
 OPTIONAL = ["mpp", "magnification", "split", "exclude", "site", "mask"]
@@ -70,7 +71,7 @@ class Slide:
 
 
 @dataclass(frozen=True)
-class Cohort:
+class CohortPlan:
     """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
     come from another tool: then by encoder, as in the config."""
 
@@ -230,9 +231,9 @@ def check_dataset(
             by_id[slide.slide_id].append(place)
             paths.append((slide.patient_id, f"{slide.slide_id} ({place})", slide.path))
             if slide.label not in classes:
-                close = difflib.get_close_matches(slide.label, classes, n=1)
                 known = f"datasets.{name}.classes: {', '.join(classes)}"
-                hint = f"did you mean {close[0]!r}? ({known})" if close else known
+                hint = nearest(slide.label, classes, known)
+                hint += "" if hint == known else f" ({known})"
                 unknown[slide.label].append(
                     f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}"
                 )

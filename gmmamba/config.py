@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from gmmamba.cohort import Cohort, check_dataset, read_sheet
+from gmmamba.cohort import CohortPlan, check_dataset, read_sheet
 from gmmamba.config_checks import (
     ConfigError,
     datasets_of,
@@ -79,7 +79,7 @@ class Experiment:
 class NewSlides:
     """Slides to predict with a trained experiment; `cohort` has them, the tiling of the training and no labels."""
 
-    cohort: Cohort
+    cohort: CohortPlan
     source: Path
     dataset: str
     experiment: str
@@ -89,7 +89,7 @@ class NewSlides:
 
 @dataclass(frozen=True)
 class Config:
-    cohorts: dict[str, Cohort]
+    cohorts: dict[str, CohortPlan]
     predictions: dict[str, NewSlides]
     encoders: dict[str, dict[str, Any]]
     datasets: dict[str, Dataset]
@@ -176,7 +176,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
             for problem in slide_tiling_problems(f"{sheet}, line {slide.line}: tiling", slide.tiling, tiling, schema)
         ]
         encoders = cohort.get("encoders", list(features or settings["encoders"]))
-        cohorts[name] = Cohort(name, sheet, slides, tiling, encoders, features)
+        cohorts[name] = CohortPlan(name, sheet, slides, tiling, encoders, features)
         problems += feature_problems(cohorts[name])
     raise_if(problems)
 
@@ -229,7 +229,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
 
 
 def new_slides(
-    name: str, new: Mapping[str, Any], cohorts: dict[str, Cohort], datasets: dict[str, Dataset]
+    name: str, new: Mapping[str, Any], cohorts: dict[str, CohortPlan], datasets: dict[str, Dataset]
 ) -> NewSlides:
     """The slides of `predictions.{name}`, listed. ConfigError where they cannot be, or their tiling is not known;
     NoSlidesError where their folder is empty."""
@@ -243,7 +243,7 @@ def new_slides(
         raise
     except SlidesError as error:
         raise ConfigError(f"{where}.slides: {error}") from error
-    cohort = Cohort(
+    cohort = CohortPlan(
         name,
         Path(new["slides"]),
         {slide.slide_id: slide for slide in slides},

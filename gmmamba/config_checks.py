@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +11,10 @@ from typing import Any
 import jsonschema
 import yaml
 
-from gmmamba.cohort import Cohort
-from slidestore.settings import own_function
+from gmmamba.cohort import CohortPlan
+from slidestore.settings import nearest, own_function
 
-RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
+RESERVED = ("tiles", "features", "groups", "logs", "tables")  # folders of results/{name}/ that stages own
 SPLIT_FILES = {"file": "CSV (slide_id, fold0, fold1, ...)", "clam": "folder of splits_0.csv, splits_1.csv, ..."}
 PROTOCOLS = ("unified", "official")
 
@@ -59,12 +58,6 @@ def read_yaml(file: Path) -> dict[str, Any]:
 def raise_if(problems: list[str]) -> None:
     if problems:
         raise ConfigError("the configuration cannot be used:\n" + "\n".join(f"  - {p}" for p in problems))
-
-
-def nearest(word: str, known: list[str]) -> str:
-    """A hint naming the nearest known word, or all of them."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
 def schema_problems(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str = "") -> Iterator[str]:
@@ -178,7 +171,7 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"tables.datasets.{name}", dataset, "datasets")
 
 
-def different_tilings(where: str, like: str | None, cohorts: Mapping[str, Cohort]) -> list[str]:
+def different_tilings(where: str, like: str | None, cohorts: Mapping[str, CohortPlan]) -> list[str]:
     """Why it is not known how new slides are tiled, like the training's: `cohorts` are those of the dataset."""
     if like is not None and like not in cohorts:
         return [f"{where}.like: {like!r} is no cohort of its dataset, {nearest(like, list(cohorts))}"]
@@ -209,7 +202,7 @@ def encoder_problems(where: str, encoder: str, cohorts: list[str], settings: dic
             yield f"{where}: {encoder!r} is not in cohorts.{cohort}.encoders"
 
 
-def feature_problems(cohort: Cohort) -> Iterator[str]:
+def feature_problems(cohort: CohortPlan) -> Iterator[str]:
     """Imported features: slides without a file, or without the scale that the files do not have."""
     for encoder, source in cohort.features.items():
         where = f"cohorts.{cohort.name}.features.{encoder}"

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gmmamba.csv_files import read_csv, rows_by_line
-from gmmamba.splits import PARTS
+from gmmamba.split_files import PARTS
 
 # What tables write where a label is not known; GDC writes '--.
 BLANK = {"", "'--", "--", "na", "n/a", "nan", "none", "not reported", "not available", "unknown"}

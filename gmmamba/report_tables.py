@@ -9,7 +9,7 @@ import pandas as pd
 
 from gmmamba.metrics import METRICS
 from gmmamba.report_runs import Run, called, of_runs, pooled_predictions, read_metrics
-from gmmamba.splits import PARTS
+from gmmamba.split_files import PARTS
 
 METRIC_NAMES = {
     "accuracy": "Accuracy",

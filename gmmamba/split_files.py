@@ -10,7 +10,6 @@ fold are found when the dataset is split: only then it is known which could be r
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import pandas as pd
 
 from gmmamba.csv_files import read_csv, rows_by_line
 from slidestore.atomic import replace_when_whole
+from slidestore.settings import nearest
 
 PARTS = ("train", "val", "test")
 SHOWN = 5  # problems of a kind; the others are counted
@@ -159,9 +159,7 @@ def split_file_problems(
 def _membership_problems(table: pd.DataFrame, slides: Mapping[str, Member], left_out: Sequence[str]) -> Iterator[str]:
     for slide_id in table.index:
         if slide_id not in slides and slide_id not in left_out:
-            close = difflib.get_close_matches(slide_id, list(slides), n=1)
-            hint = f"did you mean {close[0]!r}?" if close else "take it out"
-            yield f"slide {slide_id!r} is in no sheet of the dataset; {hint}"
+            yield f"slide {slide_id!r} is in no sheet of the dataset; {nearest(slide_id, slides, 'take it out')}"
     for column in ("patient_id", "label"):
         for slide_id, given in zip(table.index, table[column], strict=True) if column in table else ():
             if slide_id in slides and given != (own := getattr(slides[slide_id], column)):

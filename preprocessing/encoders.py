@@ -141,7 +141,7 @@ def create(settings: EncoderSettings) -> tuple[Any, Sequence[float], Sequence[fl
             f" encoders.{settings.name}.weights to that file and .model to a preset or to timm's name of the"
             " architecture, such as vit_small_patch16_224"
         ) from error
-    data = timm.data.resolve_model_data_config(model)
+    data = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined]
     return (model, data["mean"], data["std"]) if preset is None else (model, preset.mean, preset.std)
 
 

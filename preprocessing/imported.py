@@ -18,9 +18,10 @@ import cv2
 import numpy as np
 
 from preprocessing import CREATED_BY
+from preprocessing.drawing import THUMBNAIL_PX, draw_reason, encode_picture
 from preprocessing.errors import SlideError
 from preprocessing.slide import open_slide
-from preprocessing.tile import THUMBNAIL_PX, Outputs, draw_reason, encode_picture
+from preprocessing.tile import Outputs
 from slidestore import StoreAttributes, StoreError, write_store
 from slidestore.atomic import replace_when_whole
 from slidestore.foreign import ForeignFiles, ForeignPatches, foreign_attributes, frame, read_features, read_patches

@@ -11,7 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import openslide
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from preprocessing.errors import SlideError
 
@@ -186,7 +186,7 @@ def open_handle(path: Path, slide_id: str) -> openslide.AbstractSlide:
     except openslide.OpenSlideUnsupportedFormatError:
         try:
             picture = Image.open(path)
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             picture = None
         if picture is None or TILE_WIDTH in getattr(picture, "tag_v2", ()):
             raise  # what has tiles is a slide, and OpenSlide knows what is wrong with it

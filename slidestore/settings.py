@@ -1,13 +1,20 @@
-"""Frozen settings from JSON or YAML mappings; a mistyped key fails by name."""
+"""Frozen settings from JSON or YAML mappings; what is mistyped fails by name."""
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
+
+
+def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A hint for a word that is not known: the nearest one that is, or `otherwise`, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(sorted(known))}"
 
 
 def from_dict(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Settings:
@@ -19,8 +26,7 @@ def from_dict(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Se
     known = {field.name: field for field in fields(cls)}  # type: ignore[arg-type]
     for key in mapping:
         if key not in known:
-            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"known keys: {', '.join(known)}"
+            hint = nearest(key, known, f"known keys: {', '.join(known)}")
             raise ValueError(f"{where}: unknown key {key!r}; {hint}")
     required = [name for name, f in known.items() if f.default is MISSING and f.default_factory is MISSING]
     missing = [name for name in required if name not in mapping]

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gmmamba.splits import read_slide_tables
+from gmmamba.slide_tables import read_slide_tables
 from slidestore import StoreError, open_store
 from slidestore.atomic import replace_when_whole
 

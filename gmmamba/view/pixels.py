@@ -7,7 +7,7 @@ from threading import Lock
 
 import openslide
 from openslide.deepzoom import DeepZoomGenerator
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
 
 TILE_PX, OVERLAP_PX = 254, 1  # with its overlap a tile is 256 px, as slides themselves are tiled
 KEPT_OPEN = 8
@@ -47,7 +47,7 @@ def is_tiled(path: Path) -> bool:
     try:
         with Image.open(path) as picture:
             return TILE_WIDTH in getattr(picture, "tag_v2", ())
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         return False
 
 

@@ -5,7 +5,7 @@ import inspect
 import re
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -17,6 +17,7 @@ from gmmamba.models import MODELS
 from gmmamba.splits import SplitSettings
 from gmmamba.training import TrainingSettings
 from preprocessing.encoders import EncoderSettings
+from preprocessing.patches import Reader
 from preprocessing.tile import TilingSettings
 from tests.docs import code_blocks
 from tests.gmmamba.configs import ROOT, good_rows, problems, write_sheet
@@ -238,6 +239,10 @@ def test_schema_and_settings_agree(settings: type, properties: dict[str, Any]) -
         name: list(value) if isinstance(value, tuple) else value for name, value in defaults.items()
     }  # as in YAML
     assert {key: value.get("default", dataclasses.MISSING) for key, value in properties.items()} == fields
+
+
+def test_every_reader_can_be_asked_for() -> None:
+    assert list(get_args(Reader)) == SCHEMA["properties"]["reading"]["properties"]["reader"]["enum"]
 
 
 METHODS = {name: schema for name, schema in SCHEMA["$defs"]["methods"].items() if isinstance(schema, dict)}

@@ -26,8 +26,6 @@ rule group_cohort_by_features:
         "results/{cohort}/groups/{encoder}/features-{groups}.npz",
     log:
         "results/{cohort}/logs/group/{encoder}/features-{groups}.log",
-    benchmark:
-        "results/{cohort}/benchmarks/group/{encoder}/features-{groups}.tsv"
     conda:
         "../../envs/gmmamba.yaml"
     resources:
