@@ -32,19 +32,19 @@ from gmmamba.config_checks import (
 )  # fmt: skip
 from gmmamba.inference.slides import NoSlidesError, SlidesError, list_slides
 from gmmamba.models import CSS_HOSTS
+from gmmamba.project import PROJECT
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of
 from slidestore.foreign import ForeignFiles
 
-ROOT = Path(__file__).parents[1]
-DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
-NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration, as are the tables
-TABLES = ROOT / "config" / "tables.yaml"
+DEFAULT_SCHEMA = PROJECT / "workflow" / "schemas" / "config.schema.yaml"
+NAMED_MODELS = PROJECT / "config" / "models.yaml"  # known to every configuration, as are the tables
+TABLES = PROJECT / "config" / "tables.yaml"
 
 
 @dataclass(frozen=True)
-class Cohort:
+class CohortPlan:
     """Slides of one sheet and how they are tiled. `slides` includes the excluded ones. `features` is empty unless they
     come from another tool: then by encoder, as in the config."""
 
@@ -106,7 +106,7 @@ class Experiment:
 class NewSlides:
     """Slides to predict with a trained experiment; `cohort` has them, the tiling of the training and no labels."""
 
-    cohort: Cohort
+    cohort: CohortPlan
     source: Path
     dataset: str
     experiment: str
@@ -116,7 +116,7 @@ class NewSlides:
 
 @dataclass(frozen=True)
 class Config:
-    cohorts: dict[str, Cohort]
+    cohorts: dict[str, CohortPlan]
     predictions: dict[str, NewSlides]
     encoders: dict[str, dict[str, Any]]
     datasets: dict[str, Dataset]
@@ -172,7 +172,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
             for problem in slide_tiling_problems(f"{sheet}, line {slide.line}: tiling", slide.tiling, tiling, schema)
         ]
         encoders = cohort.get("encoders", list(features or settings["encoders"]))
-        cohorts[name] = Cohort(name, sheet, slides, tiling, encoders, features)
+        cohorts[name] = CohortPlan(name, sheet, slides, tiling, encoders, features)
         problems += feature_problems(cohorts[name])
     raise_if(problems)
 
@@ -225,7 +225,7 @@ def load_config(raw: Mapping[str, Any], schema_file: Path = DEFAULT_SCHEMA) -> C
 
 
 def new_slides(
-    name: str, new: Mapping[str, Any], cohorts: dict[str, Cohort], datasets: dict[str, Dataset]
+    name: str, new: Mapping[str, Any], cohorts: dict[str, CohortPlan], datasets: dict[str, Dataset]
 ) -> NewSlides:
     """The slides of `predictions.{name}`, listed. ConfigError where they cannot be, or their tiling is not known;
     NoSlidesError where their folder is empty."""
@@ -239,7 +239,7 @@ def new_slides(
         raise
     except SlidesError as error:
         raise ConfigError(f"{where}.slides: {error}") from error
-    cohort = Cohort(
+    cohort = CohortPlan(
         name,
         Path(new["slides"]),
         {slide.slide_id: slide for slide in slides},

@@ -14,7 +14,7 @@ import jsonschema
 from slidestore.settings import own_function
 
 if TYPE_CHECKING:
-    from gmmamba.config import Cohort
+    from gmmamba.config import CohortPlan
 
 RESERVED = ("tiles", "features", "groups", "logs", "benchmarks", "tables")  # folders of results/{name}/ that stages own
 SPLIT_FILES = {"file": "CSV (slide_id, fold0, fold1, ...)", "clam": "folder of splits_0.csv, splits_1.csv, ..."}
@@ -146,7 +146,7 @@ def reference_problems(settings: dict[str, Any]) -> Iterator[str]:
             yield from unknown(f"tables.datasets.{name}", dataset, "datasets")
 
 
-def different_tilings(where: str, like: str | None, cohorts: Mapping[str, Cohort]) -> list[str]:
+def different_tilings(where: str, like: str | None, cohorts: Mapping[str, CohortPlan]) -> list[str]:
     """Why it is not known how new slides are tiled, like the training's: `cohorts` are those of the dataset."""
     if like is not None and like not in cohorts:
         return [f"{where}.like: {like!r} is no cohort of its dataset, {nearest(like, list(cohorts))}"]
@@ -177,7 +177,7 @@ def encoder_problems(where: str, encoder: str, cohorts: list[str], settings: dic
             yield f"{where}: {encoder!r} is not in cohorts.{cohort}.encoders"
 
 
-def feature_problems(cohort: Cohort) -> Iterator[str]:
+def feature_problems(cohort: CohortPlan) -> Iterator[str]:
     """Imported features: slides without a file, or without the scale that the files do not have."""
     for encoder, source in cohort.features.items():
         where = f"cohorts.{cohort.name}.features.{encoder}"
