@@ -1,4 +1,4 @@
-"""The command line: one thin subcommand a stage, plus `verify`, `summary` and `check-config`.
+"""The command line: one thin subcommand a stage, plus `run`, `demo`, `check-config`, `summary`, `view` and `verify`.
 
 The Snakemake rules call these; `python -m gmmamba COMMAND --help` says what each reads and writes.
 """
@@ -35,13 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_text, description=help_text)
+    def command(
+        name: str, run: Any, help_text: str, preload: Sequence[str] = (), **parser: Any
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text, **parser)
         sub.set_defaults(run=run, preload=preload)
         return sub
 
     sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
     sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"))
+
+    sub = command("run", run, "run the workflow here: what follows are Snakemake's targets and options, --help its own",
+                  prefix_chars="+", add_help=False)  # fmt: skip
+    sub.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    sub = command("demo", demo, "draw the demo's slides into a folder and put its config.yaml there")
+    sub.add_argument("folder", type=Path)
 
     sub = command("sheet", sheet, "make the slide sheet of a cohort from a folder of slides and a label table")
     sub.add_argument("--slides", type=Path, required=True, metavar="FOLDER")
@@ -188,7 +197,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError,
-        FileNotFoundError, FloatingPointError,
+        FileExistsError, FileNotFoundError, FloatingPointError,
     )  # fmt: skip
 
 
@@ -204,6 +213,18 @@ def check_config(options: argparse.Namespace) -> None:
         print(f"cohort {cohort.name}: {len(cohort.slides)} slides in {cohort.sheet}")
     for (dataset, name), experiment in config.experiments.items():
         print(f"experiment {dataset}/{name}: {json.dumps(experiment.as_dict())}")
+
+
+def run(options: argparse.Namespace) -> None:
+    from gmmamba.project import run_workflow
+
+    run_workflow(options.arguments)
+
+
+def demo(options: argparse.Namespace) -> None:
+    from gmmamba.project import make_demo
+
+    print(make_demo(options.folder))
 
 
 def sheet(options: argparse.Namespace) -> None:
