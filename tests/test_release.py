@@ -87,6 +87,16 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+def test_run_in_a_checkout_is_snakemake_with_its_snakefile(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "gmmamba", "run", "-n", "--cores", "1", "--", "all"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    failed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert failed.returncode == 1
+    said = failed.stdout + failed.stderr
+    assert f'in file "{ROOT / "Snakefile"}"' in said
+    assert f"not present or accessible (full checked path: {tmp_path / 'config.yaml'})" in said
+
+
 @pytest.mark.slow
 def test_the_sdist_is_the_checkout_and_builds_the_same_wheel(built: dict[str, Path]) -> None:
     with tarfile.open(built["sdist"]) as archive:
