@@ -1,4 +1,4 @@
-"""The command line: one thin subcommand a stage, plus `verify`, `summary` and `check-config`.
+"""The command line: one thin subcommand a stage, plus `run`, `demo`, `check-config`, `summary`, `view` and `verify`.
 
 The Snakemake rules call these; `python -m gmmamba COMMAND --help` says what each reads and writes.
 """
@@ -41,15 +41,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"gmmamba {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, run: Any, help_text: str, preload: Sequence[str] = ()) -> argparse.ArgumentParser:
+    def command(
+        name: str, run: Any, help_text: str, preload: Sequence[str] = (), **parser: Any
+    ) -> argparse.ArgumentParser:
         listed: dict[str, Any] = {} if name in STAGES else {"help": help_text}
-        sub = commands.add_parser(name, description=help_text, **listed)
+        sub = commands.add_parser(name, description=help_text, **listed, **parser)
         sub.set_defaults(run=run, preload=preload)
         return sub
 
     sub = command("check-config", check_config, "check config.yaml and the slide sheets it names")
     sub.add_argument("config", type=Path, nargs="?", default=Path("config.yaml"), help="config.yaml unless given")
     sub.add_argument("--resolved", action="store_true", help="print every setting of every experiment, too")
+
+    sub = command("run", run, "run the workflow here: what follows are Snakemake's targets and options, --help its own",
+                  prefix_chars="+", add_help=False)  # fmt: skip
+    sub.add_argument("arguments", nargs=argparse.REMAINDER)
+
+    sub = command("demo", demo, "draw the demo's slides into a folder and put its config.yaml there")
+    sub.add_argument("folder", type=Path)
 
     sub = command("sheet", sheet, "make the slide sheet of a cohort from a folder of slides and a label table")
     sub.add_argument("--slides", type=Path, required=True, metavar="FOLDER")
@@ -202,7 +211,7 @@ def user_errors() -> tuple[type[Exception], ...]:
 
     return (
         ConfigError, EvaluationError, SheetError, SplitError, StoreError, TooManyFailedError, ViewError,
-        FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FloatingPointError,
+        FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, FloatingPointError,
     )  # fmt: skip
 
 
@@ -219,6 +228,18 @@ def check_config(options: argparse.Namespace) -> None:
 
         for (dataset, name), experiment in config.experiments.items():
             print(f"\n# {dataset}/{name}\n{yaml.safe_dump(experiment.as_dict(), sort_keys=False)}", end="")
+
+
+def run(options: argparse.Namespace) -> None:
+    from gmmamba.project import run_workflow
+
+    run_workflow(options.arguments)
+
+
+def demo(options: argparse.Namespace) -> None:
+    from gmmamba.project import make_demo
+
+    print(make_demo(options.folder))
 
 
 def sheet(options: argparse.Namespace) -> None:

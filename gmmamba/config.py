@@ -32,14 +32,14 @@ from gmmamba.config_checks import (
 )  # fmt: skip
 from gmmamba.models import CSS_HOSTS
 from gmmamba.new_slides import NoSlidesError, SlidesError, list_slides
+from gmmamba.project import PROJECT
 from gmmamba.split_files import SplitError, fold_names, read_split_file
 from gmmamba.splits import FILES, SplitSettings
 from gmmamba.table_rows import Table, experiment_name, table_of
 
-ROOT = Path(__file__).parents[1]
-DEFAULT_SCHEMA = ROOT / "workflow" / "schemas" / "config.schema.yaml"
-NAMED_MODELS = ROOT / "config" / "models.yaml"  # known to every configuration, as are the tables
-TABLES = ROOT / "config" / "tables.yaml"
+DEFAULT_SCHEMA = PROJECT / "workflow" / "schemas" / "config.schema.yaml"
+NAMED_MODELS = PROJECT / "config" / "models.yaml"  # known to every configuration, as are the tables
+TABLES = PROJECT / "config" / "tables.yaml"
 
 
 @dataclass(frozen=True)

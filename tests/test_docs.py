@@ -20,7 +20,7 @@ from preprocessing.tile import TilingSettings
 from tests.docs import FENCE, blocks
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "config/README.md")] + sorted(
     (ROOT / "docs").rglob("*.md")
 )
 

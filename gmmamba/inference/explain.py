@@ -22,7 +22,7 @@ Each is exact, they do not sum to anything.
 Shapes: N instances, M of them kept, G groups, D feature or model width, C classes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,14 @@ class Contributions:
     @property
     def residual(self) -> float:
         return float(self.values.sum()) - (self.total - self.baseline)
+
+
+def mean_attention(attentions: Sequence[Tensor | None]) -> NDArray[np.float64] | None:
+    """(N,), the mean over models of their attention (N,), each summing to 1; None where one has none."""
+    found = [attention.double().cpu().numpy() for attention in attentions if attention is not None]
+    if len(found) < len(attentions):
+        return None
+    return np.mean([attention / attention.sum() for attention in found], axis=0)
 
 
 def log_odds(logits: Tensor, target: int) -> Tensor:

@@ -28,6 +28,7 @@ from gmmamba.data import BagReader, LabelledBag
 from gmmamba.grouping import group_coords, group_features, parse_grouping
 from gmmamba.inference.explain import (
     group_contributions,
+    mean_attention,
     patch_contributions,
     patch_evidence,
 )
@@ -179,17 +180,11 @@ def predict_slide(
         raise RuntimeError(f"slide {slide.slide_id}: a second forward pass gave other logits than the maps are from")
     return Prediction(
         slide, item, logits.numpy(), probabilities,
-        _mean_attention(outputs), _kept(outputs, len(store.coords)), target, contributions,
+        mean_attention([output.attention for output in outputs]), _kept(outputs, len(store.coords)), target,
+        contributions,
         np.mean(evidence, axis=0) if evidence else None,
         {label: float(np.mean([one[label] for one in without])) for label in (without[0] if without else ())},
     )  # fmt: skip
-
-
-def _mean_attention(outputs: list[MILOutput]) -> NDArray[np.float64] | None:
-    if any(output.attention is None for output in outputs):
-        return None
-    found = [output.attention.double().cpu().numpy() for output in outputs]  # type: ignore[union-attr]
-    return np.mean([attention / attention.sum() for attention in found], axis=0)
 
 
 def _kept(outputs: list[MILOutput], n: int) -> NDArray[np.float64] | None:

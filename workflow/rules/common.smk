@@ -16,7 +16,7 @@ sys.path.insert(0, workflow.basedir)
 
 from gmmamba.config import ConfigError, load_config
 from gmmamba.config_checks import read_yaml
-from gmmamba.fingerprint import code_digest, file_digest
+from gmmamba.fingerprint import ROOT, code_digest, file_digest
 from gmmamba.models import has_first_stage, model_modules
 from gmmamba.table_rows import experiment_name
 from slidestore.settings import own_function
@@ -25,7 +25,7 @@ from slidestore.warm_start import OWNER
 try:
     for file in workflow.configfiles if workflow.is_main_process else ():
         read_yaml(Path(file))  # Snakemake takes the later of two equal keys
-    CONFIG = load_config(config, Path(workflow.basedir, "workflow/schemas/config.schema.yaml"))
+    CONFIG = load_config(config)
 except ConfigError as error:
     raise WorkflowError(str(error))
 
@@ -38,10 +38,15 @@ TABLE_EXPERIMENTS = CONFIG.table_experiments()  # their rows, by name
 
 
 def environment():
-    """Shell code before every job: this checkout's packages, whose warm processes jobs fork from, and without conda the
-    Python that runs Snakemake."""
+    """Shell code before every job: the packages beside this workflow, whose warm processes jobs fork from, and without
+    conda the Python that runs Snakemake."""
     methods = workflow.deployment_settings.deployment_method
-    lines = [f'export PYTHONPATH="{workflow.basedir}"']
+    if methods and not Path(workflow.basedir, "gmmamba").is_dir():  # installed: ROOT has all packages of this Python
+        raise WorkflowError(
+            "conda and containers give jobs another Python, which takes gmmamba from a checkout: clone the repository "
+            "and run snakemake there, or leave --use-conda (--sdm) out"
+        )
+    lines = [f'export PYTHONPATH="{ROOT}"']
     # Set but empty: every job by itself. In a container, too: its files may go away with the job that started it.
     if OWNER not in os.environ and DeploymentMethod.APPTAINER not in methods:
         lines.append(f"export {OWNER}={os.getpid()}")

@@ -26,7 +26,7 @@ rule report:
         groups=report_group_options,
         results=output_folder,
         costs=costs_version,
-        code=code_digest("gmmamba.report", files=(Path(workflow.basedir, "gmmamba/report.html.j2"),)),
+        code=code_digest("gmmamba.report", files=(ROOT / "gmmamba/report.html.j2",)),
     shell:
         "python -m gmmamba report --settings {params.settings:q} {params.tables} {params.groups}"
         " --splits {input.splits} --results {params.results} --output {output.report} --table {output.table}"

@@ -45,7 +45,7 @@ rule contact_sheet:
         sheet=sheet_file,
         content=sheet_digest,
         tiles="results/{cohort}/tiles",
-        code=code_digest("gmmamba.contact_sheet", files=(Path(workflow.basedir, "gmmamba/contact_sheet.html.j2"),)),
+        code=code_digest("gmmamba.contact_sheet", files=(ROOT / "gmmamba/contact_sheet.html.j2",)),
     shell:
         "python -m gmmamba contact-sheet --cohort {wildcards.cohort} --sheet={params.sheet:q} --tiles {params.tiles}"
         " --output {output} > {log} 2>&1"

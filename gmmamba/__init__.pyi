@@ -1,0 +1,9 @@
+from gmmamba.api import Cohort as Cohort
+from gmmamba.api import Predictions as Predictions
+from gmmamba.api import TrainedModel as TrainedModel
+from gmmamba.api import create_model as create_model
+from gmmamba.api import load_models as load_models
+from gmmamba.api import open_slide_store as open_slide_store
+from gmmamba.api import predict as predict
+from gmmamba.api import train as train
+from slidestore import __version__ as __version__
