@@ -94,7 +94,7 @@ def complete(snippet: Snippet) -> bool:
     """Whether it can be run as it stands: mentions leave out what is required, or name what the reader has to give."""
     if snippet.block:
         return True
-    if re.search(r"[{…]|COMMAND|CHECKOUT", snippet.text):
+    if re.search(r"[{…]|COMMAND|CHECKOUT|^gmmamba run$", snippet.text):
         return False
     try:
         check(snippet.commands()[0], parser_of)
