@@ -24,8 +24,8 @@ import slidestore.__main__
 from tests.docs import ROOT, Snippet, snippets
 
 OTHERS = {
-    "apptainer", "cd", "conda", "cp", "gdc-client", "git", "head", "mkdir", "mv", "pip", "pipx", "pre-commit", "py-spy",
-    "sed", "sinfo", "source", "squeue", "ssh", "tmux", "uv",
+    "apptainer", "build", "cd", "conda", "cp", "gdc-client", "git", "head", "mkdir", "mv", "pip", "pipx", "pre-commit",
+    "py-spy", "sed", "sinfo", "source", "squeue", "ssh", "tmux", "uv",
 }  # fmt: skip
 """Programs of others: that they have these options is theirs to know."""
 
@@ -35,7 +35,7 @@ NOT_RUN = {
     r"pytest ": "tests by hand, or part of `make test`",
     r"make_tile_cohort|run/results/tiles|unseen": "hours of training, on cohorts that no part of the project draws",
     r"verify ": "reference cases, which are no part of the project: tests/gmmamba/test_verify.py",
-    r"gdc-client|^git|^pip|pre-commit": "a network",
+    r"gdc-client|^git|^pip|python -m build|pre-commit": "a network",
     r"slurm|squeue|sinfo|^ssh": "a cluster: tests/cluster has one",
     r"--use-conda|--sdm|--containerize|^uv ": "conda or apptainer: tests/envs has stand-ins",
     r"CUDA_VISIBLE_DEVICES|py-spy": "several GPUs; a profiler",
@@ -94,7 +94,7 @@ def complete(snippet: Snippet) -> bool:
     """Whether it can be run as it stands: mentions leave out what is required, or name what the reader has to give."""
     if snippet.block:
         return True
-    if re.search(r"[{…]|COMMAND|CHECKOUT", snippet.text):
+    if re.search(r"[{…]|COMMAND|CHECKOUT|^gmmamba run$", snippet.text):
         return False
     try:
         check(snippet.commands()[0], parser_of)
