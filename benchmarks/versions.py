@@ -74,7 +74,8 @@ class Server:
     """The code of a checkout."""
 
     def __init__(self, checkout: Path, encoder: dict[str, Any]) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--serve", json.dumps(encoder)]
+        # -P: else this folder hides installed modules of the same names (coverage)
+        command = [sys.executable, "-P", str(Path(__file__).resolve()), "--serve", json.dumps(encoder)]
         environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, cwd=checkout, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True

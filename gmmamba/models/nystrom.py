@@ -1,7 +1,7 @@
 """Nyström attention: softmax attention through landmarks, linear in the number of tokens (Xiong et al., AAAI 2021;
 the sizes and the residual convolution of the package nystrom-attention, BASELINES.md, section 4).
 
-Shapes: n tokens, p of them padding, M width, H heads, d = M / H, m landmarks.
+Shapes: n tokens, p of padding before them, M width, H heads, d = M / H, m landmarks.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ class NystromAttention(nn.Module):
     """softmax(q k^T) v as A1 pinv(A2) A3 v + conv(v), where A1 = softmax(q k~^T), A2 = softmax(q~ k~^T),
     A3 = softmax(q~ k^T); q~ and k~ are means over ceil(n / m) neighbouring tokens.
 
-    So that the means come out even, zeros are put in front of the tokens; they are keys like the others. The published
-    fault that is avoided: nystrom-attention 0.0.9, which TransMIL pins, then hands back the first n tokens instead of
-    the last n, so that each gets the result of the one p places before it.
+    So that the means come out even, zeros are put in front of the tokens; they are keys like the others. Landmarks of
+    nothing but padding are all alike: one that counts as often stands for them, which changes no result and makes small
+    bags cheap (of 25 tokens in 256 landmarks, the inverse is of 26 x 26).
+
+    The published fault that is avoided: nystrom-attention 0.0.9, which TransMIL pins, hands back the first n tokens
+    instead of the last n, so that each gets the result of the one p places before it.
 
     Args:
         width: M, a multiple of `heads`; m is its half.
@@ -51,33 +54,46 @@ class NystromAttention(nn.Module):
         q, k, v = qkv.view(n + pad, 3, self.heads, -1).permute(1, 2, 0, 3)  # (H, p + n, d) each
         q = q * q.shape[2] ** -0.5
         q_mean, k_mean = (t.unflatten(1, (self.landmarks, -1)).mean(2) for t in (q, k))
-        Z = pseudo_inverse((q_mean @ k_mean.mT).softmax(2)).to(v.dtype)
+        empty = max(pad * self.landmarks // (n + pad), 1)  # landmarks that the first of those kept stands for
+        q_mean, k_mean = q_mean[:, empty - 1 :], k_mean[:, empty - 1 :]
+        count = torch.ones(k_mean.shape[1], dtype=torch.promote_types(q.dtype, torch.float32), device=x.device)
+        count[0] = empty
+        often = count.log().to(q.dtype)
+        Z = pseudo_inverse((q_mean @ k_mean.mT + often).softmax(2), count).to(v.dtype)
         # Fused attention never holds A1 and A3, (H, n, m) each
-        out = attend(q, k_mean, Z @ attend(q_mean, k, v)) + token_conv(v, self.res_conv)
+        out = attend(q, k_mean, Z @ attend(q_mean, k, v), often if empty > 1 else None) + token_conv(v, self.res_conv)
         with torch.no_grad():
-            weights = (q[:, pad : pad + 1] @ k_mean.mT).softmax(2) @ Z  # (H, 1, m)
+            weights = (q[:, pad : pad + 1] @ k_mean.mT + often).softmax(2) @ Z  # (H, 1, m)
             row = torch.cat([w @ (a @ b.mT).softmax(1) for w, a, b in zip(weights, q_mean, k, strict=True)])
         out = self.dropout(self.to_out(out.transpose(0, 1).reshape(n + pad, width)))
         return out[:n] if self.front_slip else out[pad:], row[:, pad:]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T) v of each head, (H, ·, d)."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None], scale=1.0)[0]
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """softmax(q k^T + bias) v of each head, (H, ·, d); a bias a key."""
+    if bias is not None:
+        bias = bias.expand(q.shape[1], -1)
+    return F.scaled_dot_product_attention(q[None], k[None], v[None], bias, scale=1.0)[0]
 
 
-def pseudo_inverse(A: Tensor, iterations: int = 6) -> Tensor:
+def pseudo_inverse(A: Tensor, count: Tensor, iterations: int = 6) -> Tensor:
     """Approximate pinv of (H, m, m), non-negative, in float32 or better whatever autocast says: the iteration squares
     every error. One scalar scales the start of all heads, as published.
+
+    Row and column i stand for `count[i]` equal ones, a column for the sum of its own. With the roots of the counts as
+    weights these matrices are the whole ones in an orthonormal basis, so that the iteration is the same.
     """
     with torch.autocast(A.device.type, enabled=False):
         A = A.to(torch.promote_types(A.dtype, torch.float32))
+        root = count.to(A.dtype).sqrt()
+        rows, columns = A.sum(2), (A / count * count[:, None]).sum(1)  # sums of the whole matrix
+        A = root[:, None] * A / root
         eye = torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-        Z = A.mT / (A.sum(1).max() * A.sum(2).max())
+        Z = A.mT / (columns.max() * rows.max())
         for _ in range(iterations):
             AZ = A @ Z
             Z = 0.25 * Z @ (13 * eye - AZ @ (15 * eye - AZ @ (7 * eye - AZ)))
-        return Z
+        return Z / root[:, None] * root
 
 
 def token_conv(v: Tensor, weight: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from gmmamba.models.bag import Bag, MILModel
 from gmmamba.models.bimamba import BiMamba, Mamba
 from gmmamba.models.mambamil import SRMamba
 from gmmamba.models.mhim import MHIM, unmasked
-from gmmamba.models.nystrom import NystromAttention, token_conv
+from gmmamba.models.nystrom import NystromAttention, pseudo_inverse, token_conv
 from gmmamba.models.s4mil import S4D, causal_convolution, smooth_length
 from gmmamba.models.transmil import fold
 
@@ -64,6 +64,17 @@ def test_the_class_token_s_row_is_what_it_gathers_the_values_with(n: int) -> Non
     out, row = attention(x)
     v = F.linear(x, attention.to_qkv.weight)[:, 64:].view(n, 8, 4)
     torch.testing.assert_close(torch.einsum("hn,nhd->hd", row, v).flatten(), out[0])
+
+
+def test_one_landmark_stands_for_all_that_are_padding() -> None:
+    """The inverse of 4 landmarks, the first of which counts 7 times, is that of all 10 of them."""
+    torch.manual_seed(0)
+    logits, count = torch.randn(2, 4, 4, **FLOAT64), torch.tensor([7.0, 1, 1, 1], **FLOAT64)
+    place = torch.tensor([0] * 7 + [1, 2, 3])
+    whole = pseudo_inverse(logits[:, place][:, :, place].softmax(2), torch.ones(10, **FLOAT64))
+    once = torch.zeros(10, 4, **FLOAT64).index_put((torch.arange(10), place), torch.ones(10, **FLOAT64))
+    merged = pseudo_inverse((logits + count.log()).softmax(2), count)
+    torch.testing.assert_close(merged, (whole @ once)[:, [0, 7, 8, 9]])
 
 
 def test_a_repeated_patch_has_the_attention_of_both_its_tokens() -> None:
