@@ -178,7 +178,7 @@ def _known(
     """The cohort of these slides, with their labels and patients."""
     names = None if labels is None else [str(label) for label in np.asarray(labels).tolist()]
     people = [slide.patient_id for slide in slides] if patients is None else [str(patient) for patient in patients]
-    _check_lengths(len(slides), labels=names or slides, patients=people)
+    _check_lengths(len(slides), labels=slides if names is None else names, patients=people)
     ids = [slide.slide_id for slide in slides]
     if double := sorted({name for name in ids if ids.count(name) > 1}):
         raise ValueError(
