@@ -159,7 +159,7 @@ def fit(
             | {f"val_{name}": value for name, value in metrics.items()}
             | {"val_score": score}
         )
-        epochs.set_postfix(loss=f"{train_loss:.3f}", val=f"{score:.3f}")
+        epochs.set_postfix(loss=f"{train_loss:.3f}", val=f"{score:.3f}", refresh=False)
         if best.update(epoch, score, val_loss):
             kept = {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
         if best.should_stop(epoch):

@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,17 @@ def test_two_runs_are_equal_bit_for_bit(dataset: dict[str, Any], tmp_path: Path,
         else:
             assert first.read_bytes() == second.read_bytes(), name
     assert not list(tmp_path.glob("*/.*.part"))
+
+
+def test_a_log_says_now_and_then_how_far_a_training_is(
+    dataset: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(dataset, tmp_path / "short", "mean")
+    assert "training:" not in capsys.readouterr().err
+    monkeypatch.setattr("slidestore.progress.SECONDS", 0.0)
+    run(dataset, tmp_path / "long", "mean")
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("training:")]
+    assert re.match(r"training: 1 of \d+ epochs, 00:00 gone, about 00:\d\d left, loss=\d\.\d+, val=", lines[1])
 
 
 def test_what_a_run_leaves(dataset: dict[str, Any], tmp_path: Path) -> None:
