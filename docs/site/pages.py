@@ -5,18 +5,20 @@ every file or folder that one of them links to. So a link leads to the same thin
 is looked at, and the site needs no host to link back to.
 """
 
+import json
 import posixpath
 import re
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from reference import ROOT, pages
 
 LINK = re.compile(r"(^( *`{3,}).*?^\2|`[^`\n]+`)|(?<=\]\()([^)\s#:]+)(?=[)#])", re.DOTALL | re.MULTILINE)
 AS_THEY_ARE = (".jpg", ".png", ".svg", ".css")
-LANGUAGES = {".smk": "python", ".j2": "html", ".cff": "yaml", ".ipynb": "json", "": "text"}
+LANGUAGES = {".smk": "python", ".j2": "html", ".cff": "yaml", "": "text"}
 
 
 def write_pages(folder: Path) -> None:
@@ -59,14 +61,22 @@ def to_page(page: str, found: re.Match[str]) -> str:
 
 
 def source(name: str) -> str:
-    """The page of a file, in full, or of a folder, a list of its files."""
+    """The page of a file, in full, of a notebook, or of a folder, a list of its files."""
     path = ROOT / name
     head = f"---\nsearch:\n  exclude: true\n---\n\n# `{name}`\n\n"
     if path.is_dir():
         names = sorted(entry.name for entry in path.iterdir() if entry.is_file())
         return head + "\n".join(f"- [{file}]({file})" for file in names) + "\n"
+    if path.suffix == ".ipynb":
+        return notebook(json.loads(path.read_text(encoding="utf-8"))["cells"])
     language = LANGUAGES.get(path.suffix, path.suffix[1:])
     return f"{head}````````{language}\n{path.read_text(encoding='utf-8')}\n````````\n"
+
+
+def notebook(cells: list[dict[str, Any]]) -> str:
+    """Its text and code."""
+    texts = [("".join(cell["source"]), cell["cell_type"]) for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for text, kind in texts) + "\n"
 
 
 if __name__ == "__main__":
