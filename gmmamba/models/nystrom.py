@@ -1,5 +1,5 @@
 """Nyström attention: softmax attention through landmarks, linear in the number of tokens (Xiong et al., AAAI 2021;
-the sizes and the residual convolution of the package nystrom-attention, BASELINES.md, section 4).
+the sizes and the residual convolution of the package nystrom-attention, 0.0.14).
 
 Shapes: n tokens, p of padding before them, M width, H heads, d = M / H, m landmarks.
 """
