@@ -94,7 +94,10 @@ def complete(snippet: Snippet) -> bool:
     """Whether it can be run as it stands: mentions leave out what is required, or name what the reader has to give."""
     if snippet.block:
         return True
-    if re.search(r"[{…]|COMMAND|CHECKOUT|^gmmamba run$", snippet.text):
+    if re.search(r"[{…]|COMMAND|CHECKOUT", snippet.text):
+        return False
+    says_how = rf"--cores|-n|--unlock|{PLANNED}"  # what Snakemake wants to know
+    if re.search(r"snakemake|gmmamba run", snippet.text) and not re.search(says_how, snippet.text):
         return False
     try:
         check(snippet.commands()[0], parser_of)
@@ -166,7 +169,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / name).symlink_to(ROOT / name)
     (folder / ".venv").symlink_to(sys.prefix)
     (folder / "path/to").mkdir(parents=True)
-    (folder / "path/to/gmmamba").symlink_to(ROOT)
+    (folder / "path/to/gmmamba").symlink_to(folder)
     run(folder, "python -m preprocessing demo-cohort --out results/demo/cohort --slides 12")
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     config["tiling"]["max_patches"] = 24
