@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import slidestore
-from tests.workflow.test_workflow import write_cohort
+from tests.workflow.project import write_cohort
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("gmmamba", "preprocessing", "slidestore")
