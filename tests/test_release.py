@@ -112,9 +112,10 @@ def test_the_sdist_is_the_checkout_and_builds_the_same_wheel(built: dict[str, Pa
 def test_what_the_wheel_holds(built: dict[str, Path]) -> None:
     wheel = zipfile.ZipFile(built["wheel"])
     held = set(wheel.namelist())
-    project = ("Snakefile", "config.yaml", "config/", "envs/", "profiles/", "workflow/rules/", "workflow/schemas/")
+    folders = ("inputs", "report", "rules", "schemas")
+    project = ("Snakefile", "config.yaml", "config/", "envs/", "profiles/", *(f"workflow/{name}/" for name in folders))
     of_packages = {name for name in tracked() if name.startswith(tuple(f"{package}/" for package in PACKAGES))}
-    of_workflow = {f"gmmamba/_project/{name}" for name in tracked() if name.startswith((*project, "workflow/report/"))}
+    of_workflow = {f"gmmamba/_project/{name}" for name in tracked() if name.startswith(project)}
     assert of_packages | of_workflow == {name for name in held if ".dist-info/" not in name}
     assert {f"{package}/py.typed" for package in PACKAGES} <= held
 
@@ -136,7 +137,7 @@ def test_an_installed_wheel_runs_the_whole_workflow(installed: Path, tmp_path: P
     write_cohort(tmp_path / "a", [f"n{number}" for number in range(8)])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     checked = run([gmmamba, "check-config"], tmp_path)
-    assert "cohort a: 8 slides in a/slides.csv" in checked.stdout, checked.stderr
+    assert "cohort a: 8 slides of a/slides.csv" in checked.stdout, checked.stderr
     done = run([gmmamba, "run", "--cores", "2", "--show-failed-logs"], tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "results/d/report.html").is_file()
