@@ -51,7 +51,7 @@ onstart:
 
 
 onsuccess:
-    print(where_to_look(), file=sys.stderr)
+    print(last_lines(), file=sys.stderr)
 
 
 onerror:

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -43,3 +43,13 @@ def make_demo(folder: Path) -> str:
     subprocess.run([sys.executable, "-m", "preprocessing", "demo-cohort", "--out", str(slides)], check=True)
     shutil.copyfile(PROJECT / "config.yaml", config)
     return f"The slides are in {slides}, the settings in {config}. Go on with: cd {folder} && gmmamba run --cores 2"
+
+
+def where_to_look(contact_sheets: Iterable[Path], reports: Iterable[Path], command: Path | str) -> list[str]:
+    """The last lines of a run or a summary: the pages that are there, and `command`, gmmamba's, to see the slides."""
+    reports = list(reports)
+    return [
+        *(f"Tissue and problems of every slide: {page}" for page in contact_sheets),
+        *(f"Report: {page}" for page in reports),
+        *(f"Look at the slides: {command} view {page.parent}" for page in reports),
+    ]

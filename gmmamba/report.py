@@ -27,6 +27,7 @@ import pandas as pd
 
 from gmmamba import __version__, charts, figures
 from gmmamba.evaluation import Evaluation, probabilities_of
+from gmmamba.project import where_to_look
 from gmmamba.report_runs import (
     Run,
     check_complete,
@@ -282,9 +283,7 @@ def summary(folder: Path) -> None:
     )
     print(f"Test slides, mean ± sd over {scores['runs'].max()} runs:\n{table.to_string()}\n")
     print(f"Slides:\n{counts.to_string(index=False)}\n")
-    for cohort in counts.loc[counts["dataset"] == folder.name, "cohort"]:
-        if (page := folder.parent / cohort / "contact_sheet.html").is_file():
-            print(f"Tissue and problems of every slide: {page}")
-    print(f"Report: {folder / 'report.html'}")
+    cohorts = counts.loc[counts["dataset"] == folder.name, "cohort"]
+    sheets = [page for cohort in cohorts if (page := folder.parent / cohort / "contact_sheet.html").is_file()]
     command = sys.argv[0] if Path(sys.argv[0]).name == "gmmamba" else "gmmamba"
-    print(f"Look at the slides: {command} view {folder}")
+    print("\n".join(where_to_look(sheets, [folder / "report.html"], command)))

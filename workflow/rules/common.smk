@@ -18,6 +18,7 @@ from gmmamba.config import ConfigError, load_config
 from gmmamba.config_checks import read_yaml
 from gmmamba.fingerprint import ROOT, code_digest, file_digest
 from gmmamba.models import has_first_stage, model_modules
+from gmmamba.project import where_to_look
 from gmmamba.table_rows import experiment_name
 from slidestore.settings import own_function
 from slidestore.warm_start import OWNER
@@ -133,16 +134,15 @@ def predictions():
     return [f"results/{name}/{file}" for name in CONFIG.predictions for file in ("predictions.csv", ".patches")]
 
 
-def where_to_look():
+def last_lines():
     """The pages that a run leaves, and how to see the slides: the last lines of a good one."""
     command = Path(sys.executable).with_name("gmmamba")
     if not command.exists():
         command = "gmmamba"
     elif command.is_relative_to(Path.cwd()):
         command = command.relative_to(Path.cwd())
-    lines = [f"Tissue and problems of every slide: {page}" for page in contact_sheets() if Path(page).is_file()]
-    lines += [f"Report: {page}" for page in reports() if Path(page).is_file()]
-    lines += [f"Look at the slides: {command} view {Path(page).parent}" for page in reports() if Path(page).is_file()]
+    sheets, pages = ([page for page in map(Path, files) if page.is_file()] for files in (contact_sheets(), reports()))
+    lines = where_to_look(sheets, pages, command)
     lines += [f"Predictions: results/{name}" for name in CONFIG.predictions if Path("results", name).is_dir()]
     return "\n".join(lines)
 
