@@ -232,8 +232,8 @@ def check_dataset(
             paths.append((slide.patient_id, f"{slide.slide_id} ({place})", slide.path))
             if slide.label not in classes:
                 known = f"datasets.{name}.classes: {', '.join(classes)}"
-                hint = nearest(slide.label, classes, known)
-                hint += "" if hint == known else f" ({known})"
+                hint = nearest(slide.label, classes, otherwise="")
+                hint = f"{hint} ({known})" if hint else known
                 unknown[slide.label].append(
                     f"{place}: slide {slide.slide_id} has the unknown label {slide.label!r}, {hint}"
                 )

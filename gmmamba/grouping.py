@@ -10,7 +10,6 @@ left out.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from slidestore import open_store
 from slidestore.groups import write_groups
+from slidestore.settings import nearest
 
 Coords = NDArray[np.integer]
 
@@ -30,9 +30,8 @@ def parse_grouping(grouping: str) -> tuple[str, int]:
     """("location", 10) of "location-10"; ValueError for an unknown method or a number of groups below 1."""
     method, _, number = grouping.rpartition("-")
     if method not in METHODS:
-        near = difflib.get_close_matches(method or grouping, METHODS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"unknown grouping {grouping!r}: {hint}Known: {', '.join(f'{m}-<groups>' for m in METHODS)}")
+        hint, known = nearest(method or grouping, METHODS, otherwise=""), ", ".join(f"{m}-<groups>" for m in METHODS)
+        raise ValueError(f"unknown grouping {grouping!r}: {hint and f'{hint} '}Known: {known}")
     if not number.isdecimal() or int(number) < 1:
         raise ValueError(f"grouping {grouping!r}: {number!r} is not a number of groups, e.g. '{method}-10'")
     return method, int(number)

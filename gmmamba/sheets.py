@@ -11,7 +11,6 @@ and kind of section (DX diagnostic; TS, BS, MS frozen).
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import unicodedata
@@ -25,6 +24,7 @@ import pandas as pd
 from gmmamba.cohort import SAFE_ID
 from gmmamba.label_tables import LabelRow, LabelTable, SheetError, read_label_table
 from slidestore.atomic import replace_when_whole
+from slidestore.settings import nearest
 
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi")
 NAME_SUFFIXES = (*SLIDE_SUFFIXES, ".h5", ".pt")  # tables may name feature files
@@ -338,8 +338,7 @@ def _notes(
     missing = [lines[0].slide for lines in labels.of_slide.values() if not any(id(line) in seen for line in lines)]
     known = {line.label for table in labels.tables for line in table.rows if line.label}
     unused = [
-        f"{label!r}"
-        + (f" (did you mean {close[0]!r}?)" if (close := difflib.get_close_matches(label, known, n=1)) else "")
+        f"{label!r}" + (f" ({hint})" if (hint := nearest(label, known, otherwise="")) else "")
         for label in mapping
         if label not in known
     ]

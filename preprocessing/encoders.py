@@ -4,7 +4,6 @@ An encoder takes uint8 RGB patches and gives one feature vector a patch. The tra
 deviation a channel, applied on the device: those of the config, else of the preset or function, else timm's own.
 """
 
-import difflib
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from torch import nn
 
 from preprocessing.errors import SettingsError
 from preprocessing.weights import load_weights, sha256_of_file, sha256_of_state
-from slidestore.settings import own_function
+from slidestore.settings import nearest, own_function
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,10 @@ def create(settings: EncoderSettings) -> tuple[Any, Sequence[float], Sequence[fl
     preset = PRESETS.get(settings.model)
     name = settings.model if preset is None else preset.hub if pretrained else preset.architecture
     if not own and ":" not in name and not timm.is_model(name):
-        close = difflib.get_close_matches(name, [*PRESETS, *timm.list_models()], n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
+        hint = nearest(name, [*PRESETS, *timm.list_models()], otherwise="")
         raise SettingsError(
-            f"{where}: timm has no model {name!r}{hint}; see timm.list_models(). Presets: {', '.join(PRESETS)};"
-            " your own: file.py:function"
+            f"{where}: timm has no model {name!r}{hint and f' ({hint})'}; see timm.list_models(). "
+            f"Presets: {', '.join(PRESETS)}; your own: file.py:function"
         )
     try:
         if own:

@@ -10,11 +10,13 @@ from typing import Any, TypeVar
 Settings = TypeVar("Settings")
 
 
-def nearest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+def nearest(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
     """A hint for a word that is not known: the nearest one that is, or `otherwise`, or all of them."""
     known = list(known)
     close = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {close[0]!r}?" if close else otherwise or f"known: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(sorted(known))}" if otherwise is None else otherwise
 
 
 def from_dict(cls: type[Settings], mapping: Mapping[str, Any], where: str) -> Settings:
