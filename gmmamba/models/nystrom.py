@@ -17,9 +17,9 @@ class NystromAttention(nn.Module):
     """softmax(q k^T) v as A1 pinv(A2) A3 v + conv(v), where A1 = softmax(q k~^T), A2 = softmax(q~ k~^T),
     A3 = softmax(q~ k^T); q~ and k~ are means over ceil(n / m) neighbouring tokens.
 
-    So that the means come out even, zeros are put in front of the tokens; they are keys like the others. Landmarks of
-    nothing but padding are all alike: one that counts as often stands for them, which changes no result and makes small
-    bags cheap (of 25 tokens in 256 landmarks, the inverse is of 26 x 26).
+    So that the means come out even, zeros are put in front of the queries, keys and values; they are keys like the
+    others. Landmarks of nothing but padding are all alike: one that counts as often stands for them, which changes no
+    result and makes small bags cheap (of 25 tokens in 256 landmarks, the inverse is of 26 x 26).
 
     The published fault that is avoided: nystrom-attention 0.0.9, which TransMIL pins, hands back the first n tokens
     instead of the last n, so that each gets the result of the one p places before it.
@@ -50,8 +50,8 @@ class NystromAttention(nn.Module):
         """
         n, width = x.shape
         pad = -n % self.landmarks
-        qkv = self.to_qkv(F.pad(x, (0, 0, pad, 0)))
-        q, k, v = qkv.view(n + pad, 3, self.heads, -1).permute(1, 2, 0, 3)  # (H, p + n, d) each
+        qkv = self.to_qkv(x).view(n, 3, self.heads, -1).permute(1, 2, 0, 3)
+        q, k, v = F.pad(qkv, (0, 0, pad, 0))  # (H, p + n, d) each
         q = q * q.shape[2] ** -0.5
         q_mean, k_mean = (t.unflatten(1, (self.landmarks, -1)).mean(2) for t in (q, k))
         empty = max(pad * self.landmarks // (n + pad), 1)  # landmarks that the first of those kept stands for
@@ -60,13 +60,15 @@ class NystromAttention(nn.Module):
         count[0] = empty
         often = count.log().to(q.dtype)
         Z = pseudo_inverse((q_mean @ k_mean.mT + often).softmax(2), count).to(v.dtype)
+        first = 0 if self.front_slip else pad  # what padding itself attends to, nobody asks
         # Fused attention never holds A1 and A3, (H, n, m) each
-        out = attend(q, k_mean, Z @ attend(q_mean, k, v), often if empty > 1 else None) + token_conv(v, self.res_conv)
+        out = attend(q[:, first:], k_mean, Z @ attend(q_mean, k, v), often if empty > 1 else None)
+        out = out + token_conv(v[:, first:], self.res_conv)
         with torch.no_grad():
             weights = (q[:, pad : pad + 1] @ k_mean.mT + often).softmax(2) @ Z  # (H, 1, m)
             row = torch.cat([w @ (a @ b.mT).softmax(1) for w, a, b in zip(weights, q_mean, k, strict=True)])
-        out = self.dropout(self.to_out(out.transpose(0, 1).reshape(n + pad, width)))
-        return out[:n] if self.front_slip else out[pad:], row[:, pad:]
+        out = self.dropout(self.to_out(out.transpose(0, 1).reshape(-1, width)))
+        return out[:n], row[:, pad:]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
