@@ -50,8 +50,7 @@ class NystromAttention(nn.Module):
         """
         n, width = x.shape
         pad = -n % self.landmarks
-        qkv = self.to_qkv(x).view(n, 3, self.heads, -1).permute(1, 2, 0, 3)
-        q, k, v = F.pad(qkv, (0, 0, pad, 0))  # (H, p + n, d) each
+        q, k, v = F.pad(self.to_qkv(x).view(n, 3, self.heads, -1).permute(1, 2, 0, 3), (0, 0, pad, 0))  # (H, p + n, d)
         q = q * q.shape[2] ** -0.5
         q_mean, k_mean = (t.unflatten(1, (self.landmarks, -1)).mean(2) for t in (q, k))
         empty = max(pad * self.landmarks // (n + pad), 1)  # landmarks that the first of those kept stands for
