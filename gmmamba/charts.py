@@ -4,7 +4,7 @@ time. Each returns a data URI.
 S test slides, C classes, R runs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 from sklearn.metrics import precision_recall_curve, roc_curve
 
 from gmmamba.figures import OKABE_ITO, STYLE, svg
@@ -166,8 +167,37 @@ def cost_figure(costs: pd.DataFrame, reached: Mapping[str, float], what: str, si
         values = [reached[label] for label in costs["label"]]
         area = np.maximum(1500 * costs["flops"] / costs["flops"].max(), 8)
         colours = [OKABE_ITO[1] if name.lower().startswith("gmmamba") else OKABE_ITO[0] for name in costs["label"]]
-        axes.scatter(costs["seconds"], values, area, colours, alpha=0.5)
-        for x, y, label in zip(costs["seconds"], values, costs["label"], strict=True):
-            axes.annotate(label, (x, y), fontsize=7, ha="center", va="center")
         axes.set(xscale="log", xlabel=f"seconds a slide of {size:,} patches; area: FLOPs", ylabel=what)
+        axes.margins(0.1)
+        axes.scatter(costs["seconds"], values, area, colours, alpha=0.5, clip_on=False)
+        figure.draw_without_rendering()  # now it is known where the bubbles are
+        label_bubbles(axes, zip(costs["label"], costs["seconds"], values, np.sqrt(area / np.pi), strict=True))
         return figure
+
+
+def label_bubbles(axes: Axes, bubbles: Iterable[tuple[str, float, float, float]]) -> None:
+    """Write each label on its bubble or, where others are written, beside it; the axes are laid out.
+
+    bubbles: label, x, y and radius in points of each.
+    """
+    sides = [(0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)]
+    taken: list[Bbox] = []
+    for label, x, y, radius in bubbles:
+        places = [
+            axes.annotate(
+                label,
+                (x, y),
+                ((radius + 2) * right, (radius + 2) * up),
+                textcoords="offset points",
+                fontsize=7,
+                ha={-1: "right", 0: "center", 1: "left"}[right],
+                va={-1: "top", 0: "center", 1: "bottom"}[up],
+                in_layout=False,
+            )
+            for right, up in sides
+        ]
+        boxes = [place.get_window_extent() for place in places]
+        best = boxes.index(min(boxes, key=lambda box: sum(map(box.overlaps, taken))))
+        taken.append(boxes[best])
+        for place in places[:best] + places[best + 1 :]:
+            place.remove()

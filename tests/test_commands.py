@@ -33,7 +33,7 @@ NOT_RUN = {
     r"^make (demo|test|lint|docs)(?!-slurm)|^\.ci/run|^make \.venv/installed|^gmmamba demo": "CI itself does it",
     r"^make (bench|test-slurm)|python -m benchmarks\.": "hours, or a machine of its own",
     r"pytest ": "tests by hand, or part of `make test`",
-    r"make_tile_cohort|run/results/tiles|unseen": "hours of training, on cohorts that no part of the project draws",
+    r"make_tile_cohort|results-methods|run/results/tiles|unseen": "hours, on cohorts that no part of the project draws",
     r"verify ": "reference cases, which are no part of the project: tests/gmmamba/test_verify.py",
     r"gdc-client|^git|^pip|python -m build|pre-commit": "a network",
     r"slurm|squeue|sinfo|^ssh": "a cluster: tests/cluster has one",

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import cost
+from gmmamba.charts import cost_figure
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,3 +65,15 @@ def test_the_figure_is_drawn_from_the_table_of_a_dataset(tmp_path: Path) -> None
     command += ["1000", "--table", str(tmp_path / "methods.csv"), "--output", str(tmp_path / "cost.svg")]
     subprocess.run(command, cwd=ROOT, check=True, env=os.environ)
     assert "<svg" in (tmp_path / "cost.svg").read_text()
+
+
+def test_names_of_like_methods_are_written_beside_each_other() -> None:
+    names = ["CLAM-MB", "CLAM-SB", "GMMamba"]
+    costs = pd.DataFrame({"label": names, "seconds": [0.1, 0.11, 2.0], "flops": [1e9, 1e9, 8e9]})
+    figure = cost_figure(costs, dict(zip(names, [0.9, 0.9, 0.5], strict=True)), "AUROC", 1000)
+    written = [text for text in figure.axes[0].texts if text.get_text()]
+    assert [text.get_text() for text in written] == names
+    first, second, alone = (text.get_window_extent() for text in written)
+    assert not first.overlaps(second)
+    assert not alone.overlaps(second)
+    assert written[2].get_position() == (0, 0)  # on its bubble
