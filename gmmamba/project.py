@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -45,9 +45,8 @@ def make_demo(folder: Path) -> str:
     return f"The slides are in {slides}, the settings in {config}. Go on with: cd {folder} && gmmamba run --cores 2"
 
 
-def where_to_look(contact_sheets: Iterable[Path], reports: Iterable[Path], command: Path | str) -> list[str]:
+def where_to_look(contact_sheets: Sequence[Path], reports: Sequence[Path], command: Path | str) -> list[str]:
     """The last lines of a run or a summary: the pages that are there, and `command`, gmmamba's, to see the slides."""
-    reports = list(reports)
     return [
         *(f"Tissue and problems of every slide: {page}" for page in contact_sheets),
         *(f"Report: {page}" for page in reports),
